@@ -1,0 +1,165 @@
+"""What flows through the package: `Data`, which a defender may see, and `Truth`, which only the judge may."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antibackdoor.errors import InputError
+
+Kind = Literal["image", "series"]
+
+
+class Rows(Protocol):
+    """Samples that can be gathered by row number: a tensor, a memory map, an overlay."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one sample is.
+
+    kind: "image", stored as uint8 `(C, H, W)`, or "series", stored as float32 `(C, T)`.
+    low, high: the range that values keep. Images: 0 and 1 (after division by 255). Series: range of the training data.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    low: float = 0.0
+    high: float = 1.0
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """Stored rows -> float32, images in [0, 1]."""
+        return stored.float().div_(255) if self.kind == "image" else stored.float()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Float rows -> stored rows: clipped to [low, high] in float FIRST, then, for images, put on the 8-bit grid."""
+        x = x.clamp(self.low, self.high)
+        return x.mul(255).round_().to(torch.uint8) if self.kind == "image" else x.float()
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labeled set as given: everything a defender may see.
+
+    x: `(n, C, H, W)` uint8 or `(n, C, T)` float32; series of unequal length are zero after `lengths`.
+    y: `(n,)` int64, labels as given, in 0..K-1.
+    ids: n stable names (relative file path or row number); reports, exports and metrics use these.
+    lengths: `(n,)` int64 for series of unequal length, else None.
+    Raises InputError when these do not fit together or a value is not finite.
+    """
+
+    x: Rows
+    y: Tensor
+    spec: Spec
+    ids: Sequence[str]
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, want = len(self.y), torch.uint8 if self.spec.kind == "image" else torch.float32
+        if len(self.x) != n or len(self.ids) != n:
+            raise InputError(f"{len(self.x)} samples, {n} labels and {len(self.ids)} ids: their numbers must be equal.")
+        if tuple(self.x.shape[1:]) != self.spec.shape or self.x.dtype != want:
+            raise InputError(
+                f"{self.spec.kind} samples must be {want} of shape {self.spec.shape}, "
+                f"got {self.x.dtype} of shape {tuple(self.x.shape[1:])}."
+            )
+        if n and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.spec.classes):
+            bad = int(((self.y < 0) | (self.y >= len(self.spec.classes))).nonzero()[0])
+            raise InputError(
+                f"sample {self.ids[bad]!r} has label {int(self.y[bad])}, outside 0..{len(self.spec.classes) - 1}."
+            )
+        if self.lengths is not None:
+            bad_length = (self.lengths < 1) | (self.lengths > self.spec.shape[-1])
+            if len(self.lengths) != n or bad_length.any():
+                raise InputError(f"lengths must be {n} numbers in 1..{self.spec.shape[-1]}.")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows: Tensor) -> Data:
+        """The samples at these row numbers, in this order, as a set of its own."""
+        from antibackdoor.data.rows import View
+
+        x = self.x[rows] if isinstance(self.x, Tensor) else View(self.x, rows)
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return replace(self, x=x, y=self.y[rows], ids=[self.ids[i] for i in rows.tolist()], lengths=lengths)
+
+    def chunks(self, size: int = 4096) -> Iterator[Tensor]:
+        """Row numbers `0..n-1` in pieces, for passes in bounded memory."""
+        return iter(torch.arange(len(self)).split(size))
+
+    def fingerprint(self) -> str:
+        """A content hash of samples, labels, ids and spec; equal for the same data in memory or memory-mapped."""
+        digest = hashlib.sha256(repr(self.spec).encode())
+        digest.update(self.y.cpu().numpy().astype("<i8").tobytes())
+        digest.update("\x00".join(self.ids).encode("utf-8", "surrogatepass"))
+        if self.lengths is not None:
+            digest.update(self.lengths.cpu().numpy().astype("<i8").tobytes())
+        for rows in self.chunks():
+            digest.update(np.ascontiguousarray(self.x[rows].cpu().numpy()).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec."""
+
+    train: Data
+    test: Data | None = None
+
+    def __post_init__(self) -> None:
+        if self.test is None:
+            return
+        if self.test.spec.shape != self.train.spec.shape or self.test.spec.kind != self.train.spec.kind:
+            raise InputError(
+                f"training samples have shape {self.train.spec.shape} but test samples {self.test.spec.shape}; "
+                "give both in one shape."
+            )
+        if self.test.spec.classes != self.train.spec.classes:
+            raise InputError("the training set and the test set do not name the same classes in the same order.")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What an attack did; only the judge may read it.
+
+    poisoned, cover: `(n,)` bool; cover samples carry the trigger and keep their true label.
+    labels: `(n,)` int64, the labels before poisoning. target: the class the trigger leads to.
+    """
+
+    poisoned: Tensor
+    cover: Tensor
+    labels: Tensor
+    target: int
+
+
+def check_trainable(data: Data) -> None:
+    """Refuse what nothing can be learned from, in one sentence: no samples, one class, series of length 1, NaN."""
+    if len(data) == 0:
+        raise InputError("the training set holds no samples.")
+    present = data.y.unique()
+    if len(present) < 2:
+        only = data.spec.classes[int(present[0])]
+        raise InputError(f"all {len(data)} training samples belong to one class ({only!r}); at least two are needed.")
+    if data.spec.kind == "series":
+        if data.spec.shape[-1] < 2:
+            raise InputError("the series have length 1; there is no time course to learn from.")
+        for rows in data.chunks():
+            finite = data.x[rows].isfinite().flatten(1).all(1)
+            if not finite.all():
+                bad = data.ids[int(rows[~finite][0])]
+                raise InputError(f"sample {bad!r} holds NaN or infinite values; see --missing for what to do with gaps.")

@@ -1,0 +1,87 @@
+"""Rows that are not one tensor in memory; each can be gathered like a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antibackdoor.data.core import Rows
+
+
+class MemoryMap:
+    """Rows of a `.npy` file on disk, read when asked for; `order` permutes axes (NHWC on disk -> NCHW)."""
+
+    def __init__(self, array: np.ndarray, order: tuple[int, ...] | None = None):
+        self.array = array if order is None else array.transpose(order)
+        self.dtype = torch.from_numpy(np.empty(0, self.array.dtype)).dtype
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """`(n, ...)`."""
+        return self.array.shape
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        # Fancy indexing copies, so the caller never holds a view into the file.
+        return torch.from_numpy(np.ascontiguousarray(self.array[rows.cpu().numpy()]))
+
+
+@dataclass(frozen=True)
+class View:
+    """The rows `rows` of `source`."""
+
+    source: Rows
+    rows: Tensor
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """`(n, ...)`."""
+        return (len(self.rows), *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the source."""
+        return self.source.dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.source[self.rows[rows.to(self.rows.device)]]
+
+
+class Overlay:
+    """`source` with the rows `rows` (sorted, unique) replaced by `values`; the source is not copied and not changed."""
+
+    def __init__(self, source: Rows, rows: Tensor, values: Tensor):
+        self.source, self.values = source, values
+        self._place = torch.full((len(source),), -1, dtype=torch.int64)
+        self._place[rows] = torch.arange(len(rows))
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the source."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the source."""
+        return self.source.dtype
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        place = self._place[rows.cpu()]
+        out = self.source[rows]
+        replaced = place >= 0
+        if out.device.type == "cpu" and isinstance(self.source, Tensor) and out.data_ptr() == self.source.data_ptr():
+            out = out.clone()  # indexing with a slice would give a view of the source
+        out[replaced.to(out.device)] = self.values[place[replaced]].to(out.device)
+        return out

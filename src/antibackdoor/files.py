@@ -1,0 +1,95 @@
+"""Writing so that nothing half-written is ever found, and state trees without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from antibackdoor.errors import InputError
+
+Tree: TypeAlias = Any
+"""A state: dicts with string or integer keys, lists, tensors, numbers, strings, booleans, None."""
+
+
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary neighbor of `path`, then put it in place in one step.
+
+    A reader sees the old file or the whole new one. Raises InputError where the disk or the permissions refuse.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically, UTF-8."""
+    atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinity are refused, so that any reader can parse it."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; InputError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+
+
+def save_state(path: Path, tree: Tree) -> None:
+    """Write a state tree as one safetensors file: tensors as tensors, everything else as JSON in its header."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def strip(node: Tree) -> Any:
+        if isinstance(node, torch.Tensor):
+            key = str(len(tensors))
+            tensors[key] = node.detach().cpu().contiguous().clone()
+            return {"tensor": key}
+        if isinstance(node, dict):
+            return {"dict": [[key, strip(value)] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {"list": [strip(value) for value in node]}
+        return {"value": node}
+
+    skeleton = json.dumps(strip(tree))
+    atomically(path, lambda part: save_file(tensors or {"empty": torch.zeros(0)}, part, metadata={"tree": skeleton}))
+
+
+def load_state(path: Path) -> Tree:
+    """Read what `save_state` wrote; InputError where the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            skeleton = json.loads(file.metadata()["tree"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None
+    except Exception as error:  # safetensors raises its own type, which it does not export for catching
+        raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None
+
+    def dress(node: Any) -> Tree:
+        if "tensor" in node:
+            return tensors[node["tensor"]]
+        if "dict" in node:
+            return {key: dress(value) for key, value in node["dict"]}
+        if "list" in node:
+            return [dress(value) for value in node["list"]]
+        return node["value"]
+
+    return dress(skeleton)

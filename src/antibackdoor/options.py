@@ -1,0 +1,73 @@
+"""Hyper-parameters: frozen dataclasses checked by pydantic, filled from text, shown by `list`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from antibackdoor.errors import InputError, unknown
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def options(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass whose fields are validated whenever one is built.
+
+    The fields ARE the hyper-parameters: `list`, `--set`, `config.json` and the content hash of a run follow from them.
+    """
+    made: type[T] = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    return made
+
+
+def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
+    """An instance of the options class `cls` from names and values (text is converted to the field's type).
+
+    Raises InputError for a name that is no field (with the nearest one) and for a value out of its type or range.
+    """
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise unknown(f"option of {what}", name, names)
+    try:
+        return cls(**{name: _parse(value) for name, value in values.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or what
+        raise InputError(f"{what}: {where}={first['input']!r} is not valid: {first['msg']}.") from None
+
+
+def _parse(value: Any) -> Any:
+    """Text from the command line as JSON where it is JSON (numbers, true, null, lists), else as it stands."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def values(instance: Any) -> dict[str, Any]:
+    """All fields of an options instance as plain JSON values."""
+    plain: dict[str, Any] = TypeAdapter(type(instance)).dump_python(instance, mode="json")
+    return plain
+
+
+def describe(cls: type[Any]) -> list[dict[str, str]]:
+    """One row a field: name, type, default, help; for `list NAME` and the docs."""
+    rows = []
+    for field in dataclasses.fields(cls):
+        info = next((m for m in getattr(field.type, "__metadata__", ()) if isinstance(m, FieldInfo)), None)
+        annotation = getattr(field.type, "__origin__", field.type)
+        default = field.default.default if isinstance(field.default, FieldInfo) else field.default
+        kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+        rows.append(
+            {"name": field.name, "type": kind, "default": str(default), "help": (info.description if info else "") or ""}
+        )
+    return rows
