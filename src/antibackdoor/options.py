@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -22,8 +22,7 @@ def options(cls: type[T]) -> type[T]:
 
     The fields ARE the hyper-parameters: `list`, `--set`, `config.json` and the content hash of a run follow from them.
     """
-    made: type[T] = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
-    return made
+    return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls))
 
 
 def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -68,6 +67,6 @@ def describe(cls: type[Any]) -> list[dict[str, str]]:
         default = field.default.default if isinstance(field.default, FieldInfo) else field.default
         kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
         rows.append(
-            {"name": field.name, "type": kind, "default": str(default), "help": (info.description if info else "") or ""}
+            {"name": field.name, "type": kind, "default": str(default), "help": (info and info.description) or ""}
         )
     return rows
