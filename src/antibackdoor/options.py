@@ -25,21 +25,32 @@ def options(cls: type[T]) -> type[T]:
     return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls))
 
 
-def build(cls: type[T], values: Mapping[str, Any], what: str) -> T:
-    """An instance of the options class `cls` from names and values (text is converted to the field's type).
+def build(cls: type[T], settings: Mapping[str, Any], what: str, *, base: Mapping[str, Any] | None = None) -> T:
+    """An instance of the options class `cls` from names and values; text is converted to the field's type.
 
-    Raises InputError for a name that is no field (with the nearest one) and for a value out of its type or range.
+    A dotted name sets one field of a nested options class and leaves its others: `{"main.epochs": 30}`.
+    base: settings that `settings` override. Raises InputError for a name that is no field (with the nearest one) and for
+    a value out of its type or range.
     """
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in names:
-            raise unknown(f"option of {what}", name, names)
+    chosen = {field.name: getattr(cls(**(base or {})), field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        if first not in chosen:
+            raise unknown(f"option of {what}", first, chosen)
+        nested = chosen[first]
+        if dataclasses.is_dataclass(nested) and not isinstance(nested, type) and (rest or isinstance(value, dict)):
+            inner = {rest: value} if rest else value
+            chosen[first] = build(type(nested), inner, f"{what}, {first}", base=vars(nested))
+        elif rest:
+            raise InputError(f"{what}: {first!r} has no parts, so {name!r} cannot be set.")
+        else:
+            chosen[first] = _parse(value)
     try:
-        return cls(**{name: _parse(value) for name, value in values.items()})
+        return cls(**chosen)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or what
-        raise InputError(f"{what}: {where}={first['input']!r} is not valid: {first['msg']}.") from None
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or what
+        raise InputError(f"{what}: {where}={problem['input']!r} is not valid: {problem['msg']}.") from None
 
 
 def _parse(value: Any) -> Any:

@@ -1,0 +1,122 @@
+"""One cell of a benchmark: poison a real set, train under a defense, judge, and give one small JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from antibackdoor.attacks import ATTACKS
+from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
+from antibackdoor.data.core import Data, Truth
+from antibackdoor.data.load import load
+from antibackdoor.defenses import DEFENSES, make_defense
+from antibackdoor.environment import environment
+from antibackdoor.options import build, options, values
+from antibackdoor.seeds import derive, generator
+from antibackdoor.training.job import Job, make_fabric
+from antibackdoor.training.loop import Progress
+from antibackdoor.training.scores import logits_of
+
+GATES = {"composite": 0.85, "timetrojan_fgsm": 0.70}
+GATE = 0.95
+"""Undefended attack success rate under which an attack "did not take"; it depends on the attack only."""
+
+
+@options
+class Cell:
+    """What one cell runs; its content hash names its result.
+
+    attack "none" leaves the data clean. defense may carry a profile, as in "e2abl:paper".
+    """
+
+    data: str
+    train_size: Annotated[int | None, Field(ge=2, description="a fixed random subset of the training set")] = None
+    attack: str = "none"
+    attack_options: dict[str, Any] = Field(default_factory=dict)
+    defense: str = "none"
+    defense_options: dict[str, Any] = Field(default_factory=dict)
+    model: str = "auto"
+    epochs: int | None = None
+    seed: int = 0
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting that matters, defaults filled in: what the hash is taken of."""
+        attack = {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
+        defense = values(make_defense(self.defense, self.defense_options))
+        return {**values(self), "attack_options": attack, "defense_options": defense}
+
+    def name(self) -> str:
+        """A readable name that ends in 8 digits of the content hash."""
+        text = json.dumps(self.resolved(), sort_keys=True)
+        parts = (self.data, self.attack, self.defense.replace(":", "-"), self.model, f"s{self.seed}")
+        return "-".join(parts) + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def subset(data: Data, size: int | None) -> Data:
+    """A fixed random subset, the same in every cell and for every seed."""
+    if size is None or size >= len(data):
+        return data
+    return data.take(torch.randperm(len(data), generator=generator(0, "subset"))[:size].sort().values)
+
+
+def run_cell(cell: Cell, *, folder: Path | None = None, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
+    """Run a cell and return its record: config, environment, measures with counts, cost, history.
+
+    folder: where its stages are kept, so that a killed cell goes on.
+    """
+    splits = load(cell.data)
+    clean, test = subset(splits.train, cell.train_size), splits.test
+    assert test is not None, "catalog sets have a test set"
+    fabric = make_fabric(device)
+    data, truth, triggered = clean, None, None
+    if cell.attack != "none":
+        attack = build(ATTACKS[cell.attack].make, cell.attack_options, f"attack {cell.attack}")
+        seed = derive(cell.seed, "attack", cell.attack) & 0x7FFFFFFF
+        state = attack.fit(clean, Job(clean, model=cell.model, seed=seed, fabric=fabric))
+        data, truth = attack.poison(clean, state, seed)
+        triggered = attack.triggered(test, state)
+
+    job = Job(
+        data, model=cell.model, seed=cell.seed, fabric=fabric, folder=folder, progress=progress, epochs=cell.epochs
+    )
+    defense = make_defense(cell.defense, cell.defense_options)
+    started, cpu = time.perf_counter(), time.process_time()
+    outcome = defense.run(job)
+    cost = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "steps": {stage: max(r["steps"] for r in job.history if r["stage"] == stage) for stage in _stages(job.history)},
+        "parameters": sum(p.numel() for p in outcome.model.parameters()),
+        "threads": torch.get_num_threads(),
+    }
+    measures: dict[str, Any]
+    if truth is None or triggered is None:
+        measures = accuracy(logits_of(outcome.model, test, fabric).argmax(1), test)
+        truth = Truth(torch.zeros(len(data), dtype=torch.bool), torch.zeros(len(data), dtype=torch.bool), clean.y, -1)
+    else:
+        measures = attack_measures(outcome.model, test, triggered, truth.target, fabric)
+    measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
+    if outcome.flagged.any() or outcome.scores.any():
+        measures["detection"] = detection_measures(outcome, truth)
+        measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    return {
+        "cell": cell.resolved(),
+        "environment": environment(fabric),
+        "measures": measures,
+        "verdict_evidence": outcome.evidence,
+        "cost": cost,
+        "history": job.history,
+    }
+
+
+def _stages(history: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["stage"] for row in history))
+
+
+__all__ = ["DEFENSES", "GATE", "GATES", "Cell", "run_cell"]

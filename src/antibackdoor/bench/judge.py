@@ -1,0 +1,88 @@
+"""The judge: the only place where the truth meets the outcome. Measures as defined once, with their counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor, nn
+
+from antibackdoor.data.core import Data, Truth
+from antibackdoor.defenses.base import Outcome, Partition
+from antibackdoor.training.ranking import top
+from antibackdoor.training.scores import logits_of
+
+Measure = dict[str, float | int]
+
+
+def share(hits: Tensor) -> Measure:
+    """A share with its counts; None where there is nothing to count, never 0/0."""
+    n, count = len(hits), int(hits.sum())
+    return {"value": count / n, "count": count, "n": n} if n else {"value": float("nan"), "count": 0, "n": 0}
+
+
+def accuracy(predicted: Tensor, test: Data) -> dict[str, Any]:
+    """Clean accuracy on a whole test set and for each class that occurs in it."""
+    y = test.y.cpu()
+    hits = predicted == y
+    classes = {test.spec.classes[k]: share(hits[y == k]) for k in y.unique().tolist()}
+    return {"clean_accuracy": share(hits), "clean_accuracy_by_class": classes}
+
+
+def attack_measures(model: nn.Module, test: Data, triggered: Data, target: int, fabric: Fabric) -> dict[str, Any]:
+    """Clean accuracy, attack success rate, excess ASR and recovery accuracy from one pass over each of the two sets.
+
+    triggered: test samples whose true class is not the target, with the trigger, under the ids they have in `test`.
+    Excess ASR subtracts the share of the same samples WITHOUT the trigger that the model takes for the target: what a
+    weak but clean model confuses is not the backdoor's.
+    """
+    clean_predictions = logits_of(model, test, fabric).argmax(1)
+    predictions = logits_of(model, triggered, fabric).argmax(1)
+    place = {name: row for row, name in enumerate(test.ids)}
+    without = clean_predictions[torch.tensor([place[name] for name in triggered.ids], dtype=torch.int64)]
+    success, confusion = share(predictions == target), share(without == target)
+    nontarget = test.y.cpu() != target
+    return {
+        **accuracy(clean_predictions, test),
+        "clean_accuracy_nontarget": share((clean_predictions == test.y.cpu())[nontarget]),
+        "attack_success_rate": success,
+        "target_confusion_without_trigger": confusion,
+        "excess_attack_success_rate": {"value": success["value"] - confusion["value"], "n": success["n"]},
+        "recovery_accuracy": share(predictions == triggered.y.cpu()),
+    }
+
+
+def partition_measures(partition: Partition, scores: Tensor, truth: Truth) -> dict[str, Any]:
+    """One row of the paper's Table II: how clean D_c is, how much of the poison D_p holds, what recovery recovered."""
+    clean_side = ~partition.isolated
+    recovered = partition.recovered & truth.poisoned
+    return {
+        "epoch": partition.epoch,
+        "precision_clean_set": share(~truth.poisoned[clean_side]),
+        "precision_top_1_percent": share(truth.poisoned[top(scores, max(1, round(0.01 * len(scores))))]),
+        "recall_isolated_set": share(partition.isolated[truth.poisoned]),
+        "poison_among_recovered": share(truth.poisoned[partition.recovered]),
+        "true_labels_recovered": share((partition.labels == truth.labels)[recovered]),
+        "labels_moved_off_target": share((partition.labels != truth.target)[recovered]),
+    }
+
+
+def detection_measures(outcome: Outcome, truth: Truth) -> dict[str, Any]:
+    """How well scores, flags and suggestions find the poison (cover samples count as clean: their labels are true)."""
+    poison, scores, flagged = truth.poisoned, outcome.scores, outcome.flagged
+    measures: dict[str, Any] = {
+        "flagged_precision": share(poison[flagged]),
+        "flagged_recall": share(flagged[poison]),
+        "precision_top_1_percent": share(poison[top(scores, max(1, round(0.01 * len(scores))))]),
+        "suggested_labels_true": share((outcome.suggested == truth.labels)[flagged & poison]),
+    }
+    if poison.any() and not poison.all():
+        measures["auroc"] = {"value": float(roc_auc_score(poison.numpy(), scores.numpy())), "n": len(scores)}
+        measures["average_precision"] = {
+            "value": float(average_precision_score(poison.numpy(), scores.numpy())),
+            "n": len(scores),
+        }
+    measures["flagged_of_clean"] = share(flagged[~poison])
+    return measures

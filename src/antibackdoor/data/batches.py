@@ -1,0 +1,61 @@
+"""Batches: seeded shuffle, gather on the device, decode; every batch carries the row numbers of its samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from antibackdoor.data.core import Data
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x: float `(b, C, H, W)` in [0, 1] or `(b, C, T)`; y: labels as given; rows: row numbers in the set; on one device."""
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    lengths: Tensor | None
+
+
+def to_device(data: Data, device: torch.device) -> Data:
+    """The set with labels, and samples where they are one tensor in memory, moved to the device once."""
+    x = data.x.to(device) if isinstance(data.x, Tensor) else data.x
+    lengths = None if data.lengths is None else data.lengths.to(device)
+    return replace(data, x=x, y=data.y.to(device), lengths=lengths)
+
+
+def gather(data: Data, rows: Tensor, device: torch.device) -> Batch:
+    """One decoded batch of these rows; images in channels-last memory layout."""
+    rows = rows.to(device)
+    x = data.spec.decode(data.x[rows].to(device, non_blocking=True))
+    if data.spec.kind == "image":
+        x = x.contiguous(memory_format=torch.channels_last)
+    lengths = None if data.lengths is None else data.lengths[rows]
+    return Batch(x, data.y[rows], rows, lengths)
+
+
+def steps_per_epoch(n: int, size: int) -> int:
+    """Number of batches an epoch of n samples is cut into."""
+    return math.ceil(n / size)
+
+
+def shuffled(data: Data, rows: Tensor, size: int, order: torch.Generator, device: torch.device) -> Iterator[Batch]:
+    """One epoch over `rows` in random order, cut into batches of nearly equal size.
+
+    Equal cuts leave no tail of one sample, which batch normalization cannot train on.
+    """
+    shuffled_rows = rows[torch.randperm(len(rows), generator=order)]
+    for part in shuffled_rows.tensor_split(steps_per_epoch(len(rows), size)):
+        yield gather(data, part, device)
+
+
+def in_order(data: Data, size: int, device: torch.device, rows: Tensor | None = None) -> Iterator[Batch]:
+    """All rows (or these) in their order, for scoring."""
+    rows = torch.arange(len(data)) if rows is None else rows
+    for part in rows.split(size):
+        yield gather(data, part, device)

@@ -1,0 +1,72 @@
+"""What every defense is: hyper-parameters, `run(job)`, and one shape of outcome."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from antibackdoor.options import options
+from antibackdoor.registry import Registry
+from antibackdoor.training.job import Job
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a defense split the samples at the start of an epoch; the judge compares it with the truth.
+
+    isolated: `(n,)` bool, kept from the main head. recovered: `(n,)` bool, given back to it with `labels` `(n,)`.
+    """
+
+    epoch: int
+    isolated: Tensor
+    recovered: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a defense hands back; n samples of the untrusted set, in its order.
+
+    model: the trained classifier alone. scores: `(n,)` float64, HIGHER = MORE SUSPICIOUS.
+    probability: `(n,)` in [0, 1] that a sample is poisoned. flagged: `(n,)` bool.
+    suggested: `(n,)` int64, the class a flagged sample seems to belong to, -1 where there is none to suggest.
+    reasons: a sentence for flagged samples, by row number. evidence: numbers for the verdict, by name.
+    partitions: one an epoch, where the method splits the samples.
+    """
+
+    model: nn.Module
+    scores: Tensor
+    probability: Tensor
+    flagged: Tensor
+    suggested: Tensor
+    reasons: dict[int, str] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    partitions: list[Partition] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        if not (len(self.probability) == len(self.flagged) == len(self.suggested) == n):
+            raise RuntimeError("scores, probability, flagged and suggested must have one value for each sample")
+        if not (torch.isfinite(self.scores).all() and torch.isfinite(self.probability).all()):
+            raise RuntimeError("a defense gave a score or probability that is not finite")
+
+
+@options
+class Defense(ABC):
+    """Base of all defenses: an immutable set of hyper-parameters with one verb."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it must be given beyond the untrusted set; empty for all that deserve the name."""
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Named settings, chosen as "name:profile", for example "e2abl:paper"."""
+
+    @abstractmethod
+    def run(self, job: Job) -> Outcome:
+        """Train on `job.data` and judge its samples."""
+
+
+DEFENSES: Registry[type[Defense]] = Registry("defense")

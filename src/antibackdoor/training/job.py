@@ -1,0 +1,161 @@
+"""`Job`: what a method may use - the untrusted data, a seeded model, durable stages, a run folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from antibackdoor.data.batches import to_device
+from antibackdoor.data.core import Data
+from antibackdoor.errors import InputError
+from antibackdoor.files import Tree, load_state, save_state, write_text
+from antibackdoor.models import create, set_normalization
+from antibackdoor.seeds import derive
+from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
+from antibackdoor.training.objectives import Objective
+
+
+def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
+    """A one-device Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps".
+
+    precision "auto" is bf16 where the hardware has it (a GPU of compute capability 8 or more, a CPU with AVX512-BF16 or
+    AMX) and float32 elsewhere: emulated bf16 on a CPU is ten times slower than float32.
+    """
+    accelerator, _, index = device.partition(":")
+    if accelerator not in {"auto", "cpu", "cuda", "mps"} or (index and not index.isdigit()):
+        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N, mps.")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available here; use --device cpu or auto.")
+    devices: Any = [int(index)] if index else 1
+    if precision == "auto":
+        if accelerator != "cpu" and torch.cuda.is_available():
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precision = "bf16-mixed" if fast else "32-true"
+    return Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
+
+
+class Job:
+    """One run of one method on one untrusted set.
+
+    folder: where stages are kept, so that a killed run goes on; None keeps nothing.
+    extras: what a method declares in `needs` and was given, for example {"clean": Data}.
+    """
+
+    checkpoint_seconds = 20.0
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        model: str | nn.Module = "auto",
+        seed: int = 0,
+        fabric: Fabric | None = None,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        extras: dict[str, Any] | None = None,
+        epochs: int | None = None,
+    ):
+        self.fabric = fabric or make_fabric()
+        self.data = to_device(data, self.fabric.device)
+        self.seed, self.folder = seed, folder
+        self.progress = progress or Progress()
+        self.extras = extras or {}
+        self.epochs = epochs
+        self.history: list[dict[str, Any]] = []
+        self._model = model
+        self._names: set[str] = set()
+
+    def model(self, name: str = "model") -> nn.Module:
+        """A fresh model, initialized from (seed, name), that takes raw values: it normalizes by this set's statistics."""
+        torch.manual_seed(derive(self.seed, "model", name))
+        if isinstance(self._model, nn.Module):
+            model = copy.deepcopy(self._model)
+        else:
+            model = create(self._model, self.data.spec)
+            set_normalization(model, *self._statistics())
+        model = model.to(self.fabric.device)
+        return model.to(memory_format=torch.channels_last) if self.data.spec.kind == "image" else model
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel over (at most 4,096 of) the samples, padding left out."""
+        rows = torch.linspace(0, len(self.data) - 1, min(len(self.data), 4096)).long().to(self.fabric.device)
+        x = self.data.spec.decode(self.data.x[rows].to(self.fabric.device)).flatten(2)
+        if self.data.lengths is None:
+            valid = torch.ones_like(x[:, :1])
+        else:
+            valid = (torch.arange(x.shape[2], device=x.device) < self.data.lengths[rows, None, None]).float()
+        count = valid.sum() if valid.shape[1] == 1 else valid.sum((0, 2))
+        mean = (x * valid).sum((0, 2)) / count
+        variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
+        return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The method's own recipe, with the user's number of epochs in place of its own where one was given."""
+        return recipe if self.epochs is None else Recipe(**{**vars(recipe), "epochs": self.epochs})
+
+    def keep(self, name: str, make: Callable[[], Tree]) -> Tree:
+        """The result of `make()`, computed once: a resumed run reads it from the run folder."""
+        path = self._stage(name)
+        if path is not None and path.exists():
+            return load_state(path)
+        value = make()
+        if path is not None:
+            save_state(path, value)
+        return value
+
+    def fit(
+        self,
+        name: str,
+        model: nn.Module,
+        objective: Objective,
+        recipe: Recipe,
+        *,
+        rows: Tensor | None = None,
+        parameters: ParameterGroups | None = None,
+    ) -> None:
+        """Train in place; checkpoints after an epoch when the last is `checkpoint_seconds` old, and at the end."""
+        stage = Fit(
+            name, model, objective, self.data, recipe, rows=rows, parameters=parameters, seed=self.seed, fabric=self.fabric
+        )
+        path, first = self._stage(name), len(self.history)
+        if path is not None and path.exists():
+            state = load_state(path)
+            stage.load(state["fit"])
+            self.history += state["history"]
+        self.progress.start(name, stage.epochs, stage.steps)
+        saved = time.monotonic()
+        while stage.epoch < stage.epochs:
+            row = stage.run_epoch(self.progress)
+            self.history.append(row)
+            self.progress.epoch(row)
+            due = time.monotonic() - saved > self.checkpoint_seconds or stage.epoch == stage.epochs
+            if path is not None and due:
+                save_state(path, {"fit": stage.state(), "history": self.history[first:]})
+                self.write_history()
+                saved = time.monotonic()
+
+    def write_history(self) -> None:
+        """Write `history.jsonl` as it stands, one row an epoch and stage."""
+        if self.folder is not None:
+            write_text(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def _stage(self, name: str) -> Path | None:
+        """The file of a stage; a name used twice in a run would return another stage's value, so it is refused."""
+        if name in self._names:
+            raise RuntimeError(f"the stage {name!r} is used twice in one run")
+        self._names.add(name)
+        if self.folder is None:
+            return None
+        stages = self.folder / "stages"
+        stages.mkdir(parents=True, exist_ok=True)
+        return stages / f"{name}.safetensors"

@@ -1,0 +1,162 @@
+"""The one training loop: order, augmentation, schedule, precision, records; objectives plug in."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from pydantic import Field
+from torch import Tensor, nn
+
+from antibackdoor.data.augment import AUGMENTATIONS
+from antibackdoor.data.batches import shuffled, steps_per_epoch
+from antibackdoor.data.core import Data
+from antibackdoor.errors import InputError
+from antibackdoor.files import Tree
+from antibackdoor.options import options
+from antibackdoor.seeds import derive, generator
+from antibackdoor.training.objectives import Objective
+
+
+@options
+class Recipe:
+    """How long and how to train: SGD with Nesterov momentum; a schedule counted in steps."""
+
+    epochs: Annotated[int, Field(ge=1, description="passes over the training set")] = 12
+    min_steps: Annotated[int, Field(ge=0, description="small sets get more epochs until this many steps")] = 1000
+    batch_size: Annotated[int, Field(ge=2, description="samples a step; small sets use n/20, at least 16")] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Annotated[Literal["cosine", "constant"], Field(description="of the learning rate, by steps")] = "cosine"
+    augment: Annotated[Literal["none", "weak", "strong"], Field(description="augmentation of the batches")] = "weak"
+
+    def batch_for(self, n: int) -> int:
+        """The batch size for n samples: a set of 500 series in batches of 128 would have 4 steps an epoch."""
+        return min(self.batch_size, max(16, n // 20))
+
+    def epochs_for(self, n: int) -> int:
+        """The epochs for n samples: at least `epochs`, and enough for `min_steps` steps."""
+        return max(self.epochs, math.ceil(self.min_steps / steps_per_epoch(n, self.batch_for(n))))
+
+    def factor(self, done: float) -> float:
+        """Share of the learning rate after this share of all steps: cosine to zero, or 1."""
+        return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
+
+
+@dataclass
+class Progress:
+    """Where the loop tells how far it is; the command line shows it, everything else ignores it."""
+
+    start: Callable[[str, int, int], None] = lambda stage, epochs, steps: None
+    step: Callable[[], None] = lambda: None
+    epoch: Callable[[dict[str, Any]], None] = lambda row: None
+
+
+ParameterGroups = Iterable[nn.Parameter] | list[dict[str, Any]]
+
+
+class Fit:
+    """One training stage that can stop after any epoch and go on, from its `state`, to the same weights.
+
+    parameters: what to train; as groups with their own "learning_rate" or as plain parameters.
+    Every random choice follows from (seed, stage, epoch), so no random state is saved.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        model: nn.Module,
+        objective: Objective,
+        data: Data,
+        recipe: Recipe,
+        *,
+        rows: Tensor | None = None,
+        parameters: ParameterGroups | None = None,
+        seed: int = 0,
+        fabric: Fabric,
+    ):
+        self.stage, self.model, self.objective, self.data, self.recipe = stage, model, objective, data, recipe
+        self.rows = torch.arange(len(data)) if rows is None else rows.cpu()
+        if len(self.rows) == 0:
+            raise InputError(f"no samples are left for the stage {stage!r}.")
+        self.seed, self.fabric = seed, fabric
+        self.groups = [
+            group if isinstance(group, dict) else {"params": [group]}
+            for group in (parameters if parameters is not None else [{"params": list(model.parameters())}])
+        ]
+        self.rates = [group.pop("learning_rate", recipe.learning_rate) for group in map(dict, self.groups)]
+        self.optimizer = torch.optim.SGD(
+            [{"params": list(group["params"])} for group in self.groups],
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+        )
+        self.batch_size = recipe.batch_for(len(self.rows))
+        self.steps = steps_per_epoch(len(self.rows), self.batch_size)
+        self.epochs = recipe.epochs_for(len(self.rows))
+        self.epoch = 0
+
+    def run_epoch(self, progress: Progress) -> dict[str, Any]:
+        """One pass; returns its row of the history."""
+        started = time.perf_counter()
+        device = self.fabric.device
+        torch.manual_seed(derive(self.seed, self.stage, self.epoch))  # dropout and the like
+        order = generator(self.seed, self.stage, self.epoch, "order")
+        noise = generator(self.seed, self.stage, self.epoch, "augment", device=device)
+        augment = AUGMENTATIONS[self.recipe.augment]
+        records: dict[str, Tensor] = {}
+        self.model.train()
+        for step, batch in enumerate(shuffled(self.data, self.rows, self.batch_size, order, device)):
+            self._set_learning_rate((self.epoch * self.steps + step) / (self.epochs * self.steps))
+            batch = replace(batch, x=augment(batch.x, self.data.spec, noise, batch.lengths))
+            with self.fabric.autocast():
+                result = self.objective(self.model, batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.fabric.backward(result.loss)
+            self.optimizer.step()
+            for name, values in result.records.items():
+                kept = records.setdefault(name, torch.full((len(self.data),), torch.nan, device=device))
+                kept[batch.rows] = values.float()
+            progress.step()
+        self.epoch += 1
+        numbers = self.objective.after_epoch(self.model, self.epoch, records)
+        diverged = [name for name, value in numbers.items() if name.endswith("_loss") and not math.isfinite(value)]
+        if diverged:
+            raise InputError(
+                f"training diverged in stage {self.stage!r}, epoch {self.epoch} ({diverged[0]} is not finite); "
+                "use a lower learning rate."
+            )
+        return {
+            "stage": self.stage,
+            "epoch": self.epoch,
+            "steps": self.epoch * self.steps,
+            "seconds": round(time.perf_counter() - started, 3),
+            **numbers,
+        }
+
+    def _set_learning_rate(self, done: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.recipe.factor(done)
+
+    def state(self) -> Tree:
+        """Everything that a resumed stage must know."""
+        return {
+            "epoch": self.epoch,
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state(),
+        }
+
+    def load(self, state: Tree) -> None:
+        """Go back to where `state` was taken."""
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load(state["objective"])

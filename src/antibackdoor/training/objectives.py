@@ -1,0 +1,59 @@
+"""What a training pass minimizes: (model, batch) -> loss, and what it remembers of every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antibackdoor.data.batches import Batch
+from antibackdoor.files import Tree
+
+
+@dataclass(frozen=True)
+class Step:
+    """loss: scalar to minimize. records: per-sample values aligned with `batch.rows`, kept for the end of the epoch."""
+
+    loss: Tensor
+    records: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective:
+    """Base of all objectives: override `__call__`; `after_epoch`, `state` and `load` only where something is remembered."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Step:
+        """The loss of one batch."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
+        """See the epoch's records, `(n,)` each with NaN where a sample was not seen; return numbers for the history."""
+        return {}
+
+    def state(self) -> Tree:
+        """What a resumed run must know, as a state tree."""
+        return {}
+
+    def load(self, state: Tree) -> None:
+        """Take back what `state` gave."""
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits; lengths are passed on only where there are any, so that any image module can be used."""
+    logits: Tensor = model(batch.x) if batch.lengths is None else model(batch.x, batch.lengths)
+    return logits
+
+
+class CrossEntropy(Objective):
+    """Mean cross entropy with the given labels; records each sample's loss as "main"."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Step:
+        """Plain supervised training."""
+        losses = F.cross_entropy(forward(model, batch).float(), batch.y, reduction="none")
+        return Step(losses.mean(), {"main": losses.detach()})
+
+    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean training loss."""
+        return {"main_loss": float(torch.nanmean(records["main"]))}
