@@ -1,0 +1,275 @@
+"""Tap any network in the middle: a shallow part with a head of its own, and the deep part behind it.
+
+A backdoor is learned early and by shallow layers. A second head on those traps the samples that carry one, while the
+deep part is trained on other rows. Both parts come out of ONE forward pass: a hook on the tapped block keeps the
+features of the whole batch for the second head and hands on only some rows, so that the deep part, and the statistics
+of its batch norms, never meet the others. Hooks live only as long as a call; the backbone stays a plain module.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from antibackdoor.errors import InputError, unknown
+from antibackdoor.models.layers import ConvNorm, State, average, he_init
+
+_COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class Candidate(NamedTuple):
+    """A block that can be tapped; depth: convolutions and linear layers run by its end; share: that / all of them."""
+
+    name: str
+    depth: int
+    share: float
+
+
+def find_taps(model: nn.Module, example: Tensor, lengths: Tensor | None = None) -> list[Candidate]:
+    """The blocks of `model` that can be tapped, in the order in which they run on `example` (a few rows will do).
+
+    Looked at are the children of the model, of `nn.Sequential` and of a network wrapped whole; taken are those that run
+    exactly once, return a feature map (rank 3 or 4) and have some layers before and some after them.
+    """
+    depth = 0
+    runs: dict[nn.Module, list[tuple[int, bool]]] = {}
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal depth
+        depth += isinstance(module, _COUNTED)
+        runs.setdefault(module, []).append((depth, _feature_map(output) is not None))
+
+    handles = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        with _undisturbed(model), torch.no_grad():
+            _call(model, example, lengths)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def blocks(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in parent.named_children():
+            yield prefix + name, child
+            if isinstance(child, nn.Sequential) or not any(is_map for _, is_map in runs.get(child, [])):
+                yield from blocks(child, f"{prefix}{name}.")
+
+    order = {module: i for i, module in enumerate(runs)}
+    once = [(name, m) for name, m in blocks(model, "") if len(runs.get(m, [])) == 1 and runs[m][0][1]]
+    once.sort(key=lambda pair: order[pair[1]])
+    found = [Candidate(name, runs[m][0][0], runs[m][0][0] / depth) for name, m in once]
+    return [c for c in found if 0 < c.depth < depth]
+
+
+def choose_tap(candidates: list[Candidate]) -> str:
+    """The block whose end is nearest to half of the network's depth; `layer2` of a ResNet-18, -34 and -50.
+
+    Where the model has three top-level stages or more, blocks inside them are not looked at. Of two equally near the
+    shallower is taken; of two equally deep (convolution, batch norm, ReLU) the later. InputError without candidates.
+    """
+    if not candidates:
+        raise InputError("this model has no block that can be tapped; give a network built of convolutional blocks.")
+    stages = [c for c in candidates if "." not in c.name]
+    pool = stages if len(stages) >= 3 else candidates
+    return min(reversed(pool), key=lambda c: (round(abs(c.share - 0.5), 9), c.depth)).name
+
+
+class SecondHead(nn.Module):
+    """Two convolutions (3 wide, stride 2, batch norm, ReLU), global average, linear: feature map -> logits `(n, K)`."""
+
+    def __init__(self, dims: int, c_in: int, channels: tuple[int, int], num_classes: int):
+        super().__init__()
+        self.conv1 = ConvNorm(dims, c_in, channels[0], 3, 2)
+        self.conv2 = ConvNorm(dims, channels[0], channels[1], 3, 2)
+        self.fc = nn.Linear(channels[1], num_classes)
+        self.apply(he_init)
+
+    def forward(self, state: State) -> Tensor:
+        """`(feature map, mask)` -> logits."""
+        logits: Tensor = self.fc(average(self.conv2(self.conv1(state))))
+        return logits
+
+
+class Tap(nn.Module):
+    """A backbone with a second head behind its block `at`.
+
+    at: a name from `find_taps`; None: `choose_tap` decides. example: a few input rows, on any device.
+    channels: of the head's convolutions. By default 2 and 4 times the channels of the tapped map, but at most 256 and 512
+    (else the head of a ResNet-50 would outweigh its backbone); `wide`: 4 and 4 times, at most 512.
+    shared: False gives the second head a freshly initialized shallow part of its own (ablation: two models).
+    A backbone that uses `lengths` behind the tap must carry them through it, as the models here carry their mask.
+    Raises InputError for a block that is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        at: str | None,
+        num_classes: int,
+        example: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        channels: tuple[int, int] | None = None,
+        wide: bool = False,
+        shared: bool = True,
+    ):
+        super().__init__()
+        device = next(model.parameters()).device
+        example = example.to(device)
+        candidates = find_taps(model, example, lengths)
+        self.at = choose_tap(candidates) if at is None else at
+        if self.at not in {c.name for c in candidates}:
+            raise unknown("block", self.at, [c.name for c in candidates])
+        self.backbone = model
+        self.shared = shared
+        self._stem, features = self._trace(example, lengths)
+        c = features.shape[1]
+        second = min(4 * c, 512)
+        channels = channels or (second if wide else min(2 * c, 256), second)
+        self.head = SecondHead(features.dim() - 2, c, channels, num_classes)
+        self.head.to(device)
+        self.second_backbone: nn.Module | None = None
+        if not shared:
+            self.second_backbone = copy.deepcopy(model)
+            self.second_backbone.apply(_restart)
+            for name, parameter in self.second_backbone.named_parameters():
+                parameter.requires_grad_(name in self._stem)
+
+    def shallow(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits of the second head, `(n, K)`; the deep part does not run."""
+        _, output = self._run(self.second_backbone or self.backbone, x, lengths, torch.empty(0, dtype=torch.long))
+        return self._second(output, detach=False)
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, main: Tensor | None = None, detach: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the main head for the rows `main` (bool mask, row numbers, None = all), and of the second for all.
+
+        detach: no gradient from the second head into the shallow part. With no row in `main` the deep part does not
+        run, and the first logits are `(0, K)`.
+        """
+        rows = main.nonzero().squeeze(1) if main is not None and main.dtype == torch.bool else main
+        if self.second_backbone is None:
+            logits, output = self._run(self.backbone, x, lengths, rows)
+            second = self._second(output, detach)
+        else:
+            _, output = self._run(self.second_backbone, x, lengths, rows=torch.empty(0, dtype=torch.long))
+            second = self._second(output, detach)
+            own_x, own_lengths = _take((x, lengths), rows, len(x))
+            logits = _call(self.backbone, own_x, own_lengths) if len(own_x) else None
+        return (second[:0] if logits is None else logits), second
+
+    def parameter_counts(self) -> dict[str, float]:
+        """Parameters of the backbone, of what the second head adds, and how many times the backbone both are."""
+        backbone, head = (sum(p.numel() for p in ps) for ps in (self.main_parameters(), self.second_parameters()))
+        return {"backbone": backbone, "head": head, "ratio": (backbone + head) / backbone}
+
+    def main_parameters(self) -> list[nn.Parameter]:
+        """All of the backbone."""
+        return list(self.backbone.parameters())
+
+    def second_parameters(self) -> list[nn.Parameter]:
+        """The second head and, where it is not shared, its own shallow part."""
+        return [*self.head.parameters(), *(self._stem_parameters(self.second_backbone) if self.second_backbone else ())]
+
+    def warm_up_parameters(self) -> list[nn.Parameter]:
+        """What `shallow` trains: the shallow part it runs on, and the second head."""
+        return [*self._stem_parameters(self.second_backbone or self.backbone), *self.head.parameters()]
+
+    def _stem_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for name, parameter in model.named_parameters() if name in self._stem]
+
+    def _trace(self, example: Tensor, lengths: Tensor | None) -> tuple[frozenset[str], Tensor]:
+        """Names of the parameters that the tapped features depend on, and the features of `example`."""
+        named = [(name, p) for name, p in self.backbone.named_parameters() if p.requires_grad]
+        with _undisturbed(self.backbone), torch.enable_grad():
+            _, output = self._run(self.backbone, example, lengths, torch.empty(0, dtype=torch.long))
+            features = _feature_map(output)
+            assert features is not None  # find_taps saw a feature map
+            grads = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
+        return frozenset(name for (name, _), grad in zip(named, grads, strict=True) if grad is not None), features
+
+    def _run(
+        self, model: nn.Module, x: Tensor, lengths: Tensor | None, rows: Tensor | None
+    ) -> tuple[Tensor | None, Any]:
+        """(logits of `rows`, output of the tapped block for all rows); the deep part runs unless `rows` is empty."""
+        kept: list[Any] = []
+
+        def fork(module: nn.Module, args: Any, output: Any) -> Any:
+            kept.append(output)
+            if rows is not None and len(rows) == 0:
+                raise _Enough
+            return _take(output, rows, len(x))
+
+        handle = model.get_submodule(self.at).register_forward_hook(fork)
+        try:
+            return _call(model, x, lengths), kept[0]
+        except _Enough:
+            return None, kept[0]
+        finally:
+            handle.remove()
+
+    def _second(self, output: Any, detach: bool) -> Tensor:
+        features = _feature_map(output)
+        assert features is not None
+        mask = output[1] if isinstance(output, tuple | list) and len(output) == 2 else None
+        mask = mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
+        logits: Tensor = self.head((features.detach() if detach else features, mask))
+        return logits
+
+
+class _Enough(Exception):
+    """Ends a forward pass at the tap."""
+
+
+def _call(model: Callable[..., Any], x: Tensor, lengths: Tensor | None) -> Tensor:
+    """`model(x, lengths)`, or `model(x)` where there are none or the model does not know of them."""
+    forward = model.forward if isinstance(model, nn.Module) else model
+    out: Tensor
+    if lengths is not None and "lengths" in inspect.signature(forward).parameters:
+        out = model(x, lengths=lengths)
+    else:
+        out = model(x)
+    return out
+
+
+def _feature_map(output: Any) -> Tensor | None:
+    """The first tensor of a block's output if it is a feature map, (n, C, T) or (n, C, H, W)."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) and first.dim() in {3, 4} else None
+
+
+def _take(output: Any, rows: Tensor | None, n: int) -> Any:
+    """The given rows of every tensor in `output` that has one row a sample."""
+    if rows is None:
+        return output
+    if isinstance(output, Tensor):
+        return output[rows.to(output.device)] if output.dim() and len(output) == n else output
+    if isinstance(output, tuple | list):
+        return type(output)(_take(part, rows, n) for part in output)
+    return output
+
+
+def _restart(module: nn.Module) -> None:
+    """Forget what was learned: PyTorch's own initialization of a layer, He's for convolutions."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    he_init(module)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that no batch statistics move; afterwards every module is in its former mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
