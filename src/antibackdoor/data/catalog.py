@@ -171,7 +171,7 @@ _ENTRIES = (
           _fetch_series("UWaveGestureLibrary")),
     Entry("uwave_extended", "series", "937 + 320 gestures, 3x315, 8 classes (uwave and more of the UCR recordings)",
           "UEA and UCR archives, Liu et al. 2009", _ARCHIVE),
-    Entry("arabic_digits", "series", "6,600 + 2,200 spoken digits, 13 x up to 93, 10 classes (one less each if downloaded)",
+    Entry("arabic_digits", "series", "6,600 + 2,200 spoken digits, 13 x 4..93, 10 classes (1 less each if downloaded)",
           "UCI, Hammami and Bedda 2010", "CC BY 4.0", _fetch_series("SpokenArabicDigits")),
     Entry("digits", "image", "1,297 + 500 handwritten digits, 8x8 enlarged to 16x16, 10 classes; embedded",
           "UCI optdigits through scikit-learn, Alpaydin and Kaynak 1998", "CC BY 4.0", _make_digits, embedded=True),
