@@ -90,7 +90,7 @@ def test_damaged_checksum_is_seen(folder):
 def test_huge_images_are_refused(folder, monkeypatch):
     assert MAX_PIXELS == 64 * 2**20
     monkeypatch.setattr("antibackdoor.data.images.MAX_PIXELS", 40)
-    with pytest.raises(InputError, match="6 of 6 files.*8x6 pixels are more than the limit"):
+    with pytest.raises(InputError, match=r"6 of 6 files.*8x6 pixels are more than the limit"):
         load(folder)
 
 

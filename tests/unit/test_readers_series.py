@@ -43,7 +43,7 @@ def test_the_same_set_in_all_formats(tmp_path):
 
 def test_missing_values(tmp_path):
     path = ts(tmp_path / "a.ts", "1,2,3,4:a", "?,2,?,4:b", equal="true")
-    with pytest.raises(InputError, match="sample '1' holds missing values.*--missing"):
+    with pytest.raises(InputError, match=r"sample '1' holds missing values.*--missing"):
         load(path)
     assert load(path, missing="interpolate").train.x[1, 0].tolist() == [2, 2, 3, 4]
     assert load(path, missing="zero").train.x[1, 0].tolist() == [0, 2, 0, 4]
