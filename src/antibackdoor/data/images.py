@@ -236,16 +236,17 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     EXIF orientation is not applied: the field's training pipelines do not, and turning some images would make a set
     differ from what others measured on it. Transparency is dropped.
     """
-    with Image.open(BytesIO(encoded), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
-        image.verify()  # checksums, which decoding alone does not look at; the file must be opened anew after it
-    with Image.open(BytesIO(encoded), formats=FORMATS) as image:
-        if image.mode.startswith("I"):  # 16 bits: convert() would clip them to 255
-            rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        else:
-            rgb = image.convert("RGB")
-        return np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
+    image = Image.open(BytesIO(encoded), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
+    if image.format == "PNG":  # the one format with checksums; decoding skips them, and verifying spends the object
+        image.verify()
+        image = Image.open(BytesIO(encoded), formats=FORMATS)
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip them to 255
+        rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    return np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
 
 
 def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
