@@ -1,0 +1,68 @@
+"""Copies of an `.npz` file's arrays that can be mapped into memory, kept in a hidden folder beside it."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.format import open_memmap
+
+from antibackdoor.errors import InputError
+from antibackdoor.files import atomically
+
+
+def cache_folder(path: Path) -> Path:
+    """Where copies of this very file lie (`.NAME.cache`, by size and time); outdated ones are removed."""
+    stat = path.stat()
+    above = path.with_name(f".{path.name}.cache")
+    folder = above / f"{stat.st_size}-{stat.st_mtime_ns}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; load without memory mapping.") from None
+    for old in above.iterdir():
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def map_member(path: Path, name: str) -> npt.NDArray[Any]:
+    """The array `name` of an `.npz`, mapped; a member is a whole .npy file, copied without passing through memory."""
+    cached = cache_folder(path) / f"{name}.npy"
+    if not cached.exists():
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+
+            def copy(part: Path) -> None:
+                with part.open("wb") as file:
+                    shutil.copyfileobj(member, file, 1 << 20)
+
+            atomically(cached, copy)
+    return np.asanyarray(np.load(cached, mmap_mode="r", allow_pickle=False))
+
+
+def map_made(
+    path: Path, name: str, shape: tuple[int, ...], fill: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Float32 rows that `fill` wrote into an array of this shape, mapped, and the row lengths it returned."""
+    rows_file, lengths_file = (cache_folder(path) / f"{name}{end}.npy" for end in ("", "-lengths"))
+    if not (rows_file.exists() and lengths_file.exists()):
+        lengths = np.zeros(0, dtype=np.int64)
+
+        def write_rows(part: Path) -> None:
+            nonlocal lengths
+            out = open_memmap(part, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
+            lengths = fill(out)
+            out.flush()
+
+        def write_lengths(part: Path) -> None:
+            with part.open("wb") as file:  # given a path, save would append .npy to it
+                np.save(file, lengths, allow_pickle=False)
+
+        atomically(rows_file, write_rows)
+        atomically(lengths_file, write_lengths)
+    return np.load(rows_file, mmap_mode="r", allow_pickle=False), np.load(lengths_file, allow_pickle=False)

@@ -1,0 +1,193 @@
+"""Time series files (.ts, .tsv, .arff) -> Data, and what every reader of series does with gaps and unequal lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.data.labels import number
+from antibackdoor.errors import InputError
+
+Missing = Literal["refuse", "interpolate", "zero"]
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+Ints: TypeAlias = npt.NDArray[np.int64]
+Cases: TypeAlias = Sequence[Floats]
+
+EXTENSIONS = (".ts", ".tsv", ".arff")
+
+
+def load_series(path: Path, *, test: Path | None = None, missing: Missing = "refuse") -> Splits:
+    """A `.ts`, `.tsv` or `.arff` file, or a folder that holds NAME_TRAIN and NAME_TEST of one of these kinds.
+
+    A file X_TRAIN.ts brings its neighbor X_TEST.ts along, unless `test` is given. Samples become float32 `(C, T)`,
+    padded with zeros to the longest of both sets where lengths differ; ids are row numbers, classes the labels as text.
+    missing: what to do with gaps inside of a series: refuse, interpolate (linear in each channel), or zero.
+    Raises InputError for files that cannot be read, gaps (unless allowed), infinite values and unknown classes.
+    """
+    train_file = find_train_file(path) if path.is_dir() else path
+    if test is None:
+        test = _neighbor(train_file)
+    elif test.is_dir():
+        test = next((f for ext in EXTENSIONS for f in sorted(test.glob(f"*_TEST{ext}"))), test)
+    train = read_file(train_file)
+    return from_cases(*train, *(read_file(test) if test else ()), missing=missing, where=str(path))
+
+
+def find_train_file(folder: Path) -> Path:
+    """The one NAME_TRAIN file in a folder; `.ts` goes before `.tsv` and `.arff` of the same name."""
+    for extension in EXTENSIONS:
+        found = sorted(folder.glob(f"*_TRAIN{extension}"))
+        if len(found) > 1:
+            raise InputError(f"{folder} holds {len(found)} files *_TRAIN{extension}; name the one that is meant.")
+        if found:
+            return found[0]
+    raise InputError(f"{folder} holds no file NAME_TRAIN.ts, .tsv or .arff.")
+
+
+def _neighbor(train_file: Path) -> Path | None:
+    stem = train_file.stem
+    test = train_file.with_name(stem.removesuffix("_TRAIN") + "_TEST" + train_file.suffix)
+    return test if stem.endswith("_TRAIN") and test.is_file() else None
+
+
+def read_file(path: Path) -> tuple[Cases, list[str]]:
+    """The series `(C, T_i)` of one file, NaN where values are missing, and their class names."""
+    try:
+        from aeon.datasets import load_from_arff_file, load_from_ts_file, load_from_tsv_file
+    except ImportError:
+        raise InputError(
+            f"reading {path} needs the package aeon: install it with  pip install 'antibackdoor[series]'"
+        ) from None
+    kind, meta = path.suffix.lower(), {"timestamps": False, "targetlabel": False, "classlabel": True}
+    try:
+        if kind == ".ts":
+            x, y, meta = load_from_ts_file(str(path), return_meta_data=True)
+        elif kind == ".tsv":
+            x, y = load_from_tsv_file(str(path))
+        elif kind == ".arff":
+            x, y = load_from_arff_file(str(path))
+        else:
+            raise InputError(f"{path} is not one of the series formats {', '.join(EXTENSIONS)}.")
+        cases = [np.asarray(case, dtype=np.float64) for case in x]
+    except InputError:
+        raise
+    except Exception as error:  # the parsers raise whatever the damaged line leads to
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot read {path} as a {kind} file: {reason}.") from None
+    if meta["timestamps"]:
+        # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses minus signs and whole numbers.
+        raise InputError(f"{path} holds time stamps, which cannot be read reliably; write the values without them.")
+    if meta["targetlabel"] or not meta["classlabel"] or len(y) != len(cases):
+        raise InputError(f"{path} holds no class labels (a regression target or none); labels are needed.")
+    if not cases:
+        raise InputError(f"{path} holds no series.")
+    return cases, [_class_name(label, path) for label in y.tolist()]
+
+
+def _class_name(label: object, path: Path) -> str:
+    """1, 1.0 and '1' are the same class in the archives, whose .tsv labels are parsed as numbers."""
+    name = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
+    if name in ("", "nan"):
+        raise InputError(f"{path} holds a series without a label.")
+    return name
+
+
+def from_cases(
+    train: Cases,
+    train_names: Sequence[str],
+    test: Cases | None = None,
+    test_names: Sequence[str] = (),
+    *,
+    missing: Missing = "refuse",
+    where: str,
+) -> Splits:
+    """Splits of series `(C, T_i)` and class names: padded to one length, cleaned, labels numbered."""
+    parts = [train] if test is None else [train, test]
+    channels = {len(case) for cases in parts for case in cases}
+    if len(channels) > 1:
+        raise InputError(f"{where}: series have {sorted(channels)} channels; all must have the same number.")
+    spans = [{case.shape[1] for case in cases} for cases in parts]
+    if len(parts) == 2 and len(spans[0]) == len(spans[1]) == 1 and spans[0] != spans[1]:
+        raise InputError(
+            f"{where}: all training series have length {max(spans[0])} but all test series {max(spans[1])}; "
+            "cut or resample them to one length."
+        )
+    longest = max(max(span) for span in spans)
+    data: list[Data] = []
+    cleaned = []
+    for cases, part in zip(parts, ("training", "test"), strict=False):
+        padded = np.full((len(cases), *(channels or {1}), longest), np.nan)
+        for row, case in enumerate(cases):
+            padded[row, :, : case.shape[1]] = case
+        ids = [str(row) for row in range(len(cases))]
+        cleaned.append((*clean(padded, None, ids, missing, f"{where}, {part} set"), ids))
+    unequal = any((lengths < longest).any() for _, lengths, _ in cleaned)
+    for (x, lengths, ids), names in zip(cleaned, (train_names, test_names), strict=False):
+        y, classes = number(names, ids, data[0].spec.classes if data else None)
+        low, high = (data[0].spec.low, data[0].spec.high) if data else bounds(x)
+        spec = Spec("series", x.shape[1:], tuple(classes), low, high)
+        data.append(Data(torch.from_numpy(x), y, spec, ids, torch.from_numpy(lengths) if unequal else None))
+    return Splits(*data)
+
+
+def clean(
+    block: Floats, lengths: Ints | None, ids: Sequence[str], missing: Missing, where: str
+) -> tuple[npt.NDArray[np.float32], Ints]:
+    """Series `(n, C, T)` as they are stored: float32, zero after their lengths, without gaps; and the lengths `(n,)`.
+
+    lengths: if None, a tail in which every channel is NaN marks the end of a series.
+    Raises InputError that names the first sample with gaps (`missing="refuse"`), infinite values, or no values.
+    """
+    with np.errstate(over="ignore"):
+        x = np.array(block, dtype=np.float32)
+    steps = x.shape[2]
+    gaps: npt.NDArray[np.bool_] = np.isnan(x)
+    if lengths is None:
+        given: npt.NDArray[np.bool_] = np.logical_not(gaps.all(axis=1))
+        lengths = np.where(given.any(axis=1), steps - given[:, ::-1].argmax(axis=1), 0).astype(np.int64)
+    _refuse_first((lengths < 1) | (lengths > steps), ids, where, f"has a length outside 1..{steps} or no values at all")
+    tail = np.broadcast_to((np.arange(steps) >= lengths[:, None])[:, None], x.shape)
+    x[tail] = 0
+    gaps &= ~tail
+    _refuse_first(
+        np.any(np.isinf(x), axis=(1, 2)), ids, where, "holds infinite values, or values too large for float32"
+    )
+    if missing == "zero":
+        x[gaps] = 0
+    elif missing == "interpolate":
+        for row, channel in np.argwhere(gaps.any(axis=2)):
+            gap, line = gaps[row, channel, : lengths[row]], x[row, channel, : lengths[row]]
+            if gap.all():
+                raise InputError(
+                    f"{where}: sample {ids[row]!r} has no value at all in channel {channel} to interpolate from; "
+                    "use --missing zero or remove it."
+                )
+            line[gap] = np.interp(np.flatnonzero(gap), np.flatnonzero(~gap), line[~gap])
+    else:
+        _refuse_first(
+            np.any(gaps, axis=(1, 2)),
+            ids,
+            where,
+            "holds missing values (NaN); use --missing interpolate or --missing zero",
+        )
+    return x, lengths
+
+
+def bounds(x: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Smallest and largest stored value, padding included, so that every stored row lies within; read in pieces."""
+    if x.size == 0:
+        return 0.0, 1.0
+    pieces = [x[start : start + 4096] for start in range(0, len(x), 4096)]
+    return float(min(piece.min() for piece in pieces)), float(max(piece.max() for piece in pieces))
+
+
+def _refuse_first(bad: npt.NDArray[np.bool_], ids: Sequence[str], where: str, what: str) -> None:
+    if bad.any():
+        more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
+        raise InputError(f"{where}: sample {ids[int(bad.argmax())]!r}{more} {what}.")

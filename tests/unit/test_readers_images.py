@@ -1,0 +1,156 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from antibackdoor.data.core import check_trainable
+from antibackdoor.data.images import MAX_PIXELS, decode_image
+from antibackdoor.data.load import load
+from antibackdoor.errors import InputError
+
+
+def save(path, size=(8, 6), color=(200, 10, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for label in ("cat", "dog"):
+        for name in ("a.png", "b.bmp", "c.ppm"):
+            save(tmp_path / "set" / label / name)
+    return tmp_path / "set"
+
+
+def test_folder_in_sorted_order(folder):
+    save(folder / "cat" / "deeper" / "d.webp")
+    save(folder / "dog" / "grey.pgm", mode="L")
+    (folder / "cat" / ".hidden").write_text("x")
+    (folder / "Thumbs.db").write_text("x")
+    train = load(folder).train
+    assert train.spec.classes == ("cat", "dog") and train.spec.shape == (3, 6, 8)
+    assert train.ids[:5] == ["cat/a.png", "cat/b.bmp", "cat/c.ppm", "cat/deeper/d.webp", "dog/a.png"]
+    assert train.y.tolist() == [0] * 4 + [1] * 4
+    assert train.x[0, :, 0, 0].tolist() == [200, 10, 30] and len(set(train.x[7, :, 0, 0].tolist())) == 1
+
+
+def test_sizes(folder):
+    save(folder / "cat" / "large.png", size=(300, 200))
+    assert load(folder).train.spec.shape == (3, 6, 8)
+    assert load(folder, image_size=5).train.spec.shape == (3, 5, 5)
+    for label in ("cat", "dog"):
+        for k in range(9):
+            save(folder / label / f"wide{k}.png", size=(100, 40))
+    assert load(folder).train.spec.shape == (3, 40, 64)
+
+
+def test_split_folders_and_a_class_absent_from_the_test_set(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "both" / "train")
+    shutil.copytree(folder / "dog", tmp_path / "both" / "val" / "dog")
+    splits = load(tmp_path / "both")
+    assert splits.test is not None and splits.test.y.tolist() == [1, 1, 1]
+    assert splits.train.ids[0] == "train/cat/a.png" and splits.test.ids[0] == "val/dog/a.png"
+    assert splits.test.spec.classes == ("cat", "dog")
+    assert len(load(folder, test=tmp_path / "both" / "val").test) == 3
+
+
+def test_unknown_class_in_test_is_refused(folder, tmp_path):
+    save(tmp_path / "other" / "bird" / "a.png")
+    with pytest.raises(InputError, match="'bird', which the training set does not have"):
+        load(folder, test=tmp_path / "other")
+
+
+def test_unreadable_files_are_counted_named_and_left_out_if_wanted(folder):
+    whole = save(folder / "cat" / "noise.png", size=(50, 50))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8)).save(whole)
+    whole.write_bytes(whole.read_bytes()[:3000])
+    (folder / "cat" / "text.png").write_text("not an image")
+    (folder / "dog" / "notes.txt").write_text("text")
+    (folder / "README.md").write_text("text")
+    with pytest.raises(InputError, match=r"4 of 10 files.*README.md: it is in no class.*--skip-unreadable") as caught:
+        load(folder)
+    assert all(name in str(caught.value) for name in ("cat/noise.png", "cat/text.png", "dog/notes.txt"))
+    with pytest.warns(UserWarning, match="4 of 10 files"):
+        train = load(folder, skip_unreadable=True).train
+    assert len(train) == 6 and train.x.shape[0] == 6 and "cat/text.png" not in train.ids
+
+
+def test_damaged_checksum_is_seen(folder):
+    path = folder / "cat" / "a.png"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") - 6] ^= 1  # a bit of the header's checksum
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"cat/a\.png"):
+        load(folder)
+
+
+def test_huge_images_are_refused(folder, monkeypatch):
+    assert MAX_PIXELS == 64 * 2**20
+    monkeypatch.setattr("antibackdoor.data.images.MAX_PIXELS", 40)
+    with pytest.raises(InputError, match=r"6 of 6 files.*8x6 pixels are more than the limit"):
+        load(folder)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 25600, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert decode_image((tmp_path / "deep.png").read_bytes(), (3, 1))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_links_out_of_the_folder_are_refused(folder, tmp_path):
+    outside = save(tmp_path / "outside" / "secret.png")
+    (folder / "cat" / "link.png").symlink_to(outside)
+    with pytest.raises(InputError, match="link out of the data set"):
+        load(folder)
+    (folder / "cat" / "link.png").unlink()
+    (folder / "bird").symlink_to(outside.parent)
+    with pytest.raises(InputError, match="link out of the data set"):
+        load(folder)
+
+
+def test_folders_without_images(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no class folders with images"):
+        load(tmp_path / "empty")
+    save(tmp_path / "flat" / "a.png")
+    with pytest.raises(InputError, match="no class folders with images"):
+        load(tmp_path / "flat")
+    shutil.rmtree(folder / "dog")
+    with pytest.raises(InputError, match="one class"):
+        check_trainable(load(folder).train)
+
+
+def test_manifest(folder):
+    manifest = folder / "list.csv"
+    manifest.write_text("path,label,split\ncat/a.png,x,train\ndog/a.png,y,train\ndog/b.bmp,y,test\n")
+    splits = load(manifest)
+    assert splits.train.ids == ["cat/a.png", "dog/a.png"] and splits.train.spec.classes == ("x", "y")
+    assert splits.test is not None and splits.test.y.tolist() == [1]
+    manifest.write_text("path,label\ncat/a.png,x\ndog/a.png,y\n")
+    assert torch.equal(load(manifest).train.x, splits.train.x) and load(manifest).test is None
+
+
+@pytest.mark.parametrize(
+    ("text", "gist"),
+    [
+        ("path,label\n../set/cat/a.png,x\n", "leads out of"),
+        ("path,label\n/etc/passwd,x\n", "leads out of"),
+        ("path,label\nout/secret.png,x\n", "leads out of"),
+        ("file,label\ncat/a.png,x\n", "columns path and label"),
+        ("", "columns path and label"),
+        ("path,label\n", "lists no images"),
+        ("path,label\ncat/a.png\n", "no path or no label"),
+        ("path,label\ncat/a.png,x\ncat/a.png,y\n", "second time"),
+        ("path,label,split\ncat/a.png,x,dev\n", "the split 'dev'"),
+        ("path,label,split\ncat/a.png,x,test\n", "no training images"),
+        ("path,label\ncat/gone.png,x\ndog/a.png,y\n", "1 of 2 files.*no such file"),
+    ],
+)
+def test_bad_manifests(folder, tmp_path, text, gist):
+    save(tmp_path / "outside" / "secret.png")
+    (folder / "out").symlink_to(tmp_path / "outside")
+    (folder / "list.csv").write_text(text)
+    with pytest.raises(InputError, match=gist):
+        load(folder / "list.csv")
