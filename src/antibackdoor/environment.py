@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 
 def environment(fabric: Fabric) -> dict[str, Any]:
@@ -37,8 +37,12 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True, timeout=5)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+        changed = subprocess.run(
+            ["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if head.returncode != 0:

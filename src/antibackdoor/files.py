@@ -28,7 +28,9 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         part.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder.") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder."
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -47,7 +47,9 @@ class Cell:
 
     def resolved(self) -> dict[str, Any]:
         """Every setting that matters, defaults filled in: what the hash is taken of."""
-        attack = {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
+        attack = (
+            {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
+        )
         defense = values(make_defense(self.defense, self.defense_options))
         return {**values(self), "attack_options": attack, "defense_options": defense}
 
@@ -65,7 +67,9 @@ def subset(data: Data, size: int | None) -> Data:
     return data.take(torch.randperm(len(data), generator=generator(0, "subset"))[:size].sort().values)
 
 
-def run_cell(cell: Cell, *, folder: Path | None = None, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, *, folder: Path | None = None, device: str = "auto", progress: Progress | None = None
+) -> dict[str, Any]:
     """Run a cell and return its record: config, environment, measures with counts, cost, history.
 
     folder: where its stages are kept, so that a killed cell goes on.

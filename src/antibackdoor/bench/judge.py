@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 

@@ -162,4 +162,6 @@ def check_trainable(data: Data) -> None:
             finite = data.x[rows].isfinite().flatten(1).all(1)
             if not finite.all():
                 bad = data.ids[int(rows[~finite][0])]
-                raise InputError(f"sample {bad!r} holds NaN or infinite values; see --missing for what to do with gaps.")
+                raise InputError(
+                    f"sample {bad!r} holds NaN or infinite values; see --missing for what to do with gaps."
+                )

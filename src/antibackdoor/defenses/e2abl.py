@@ -57,13 +57,17 @@ class E2ABL(Defense):
 
     attach: Annotated[str | None, Field(description="block after which h2 sits; none: the middle of the depth")] = None
     wide_head: Annotated[bool, Field(description="the wider variant of the second head")] = False
-    second: Annotated[Literal["head", "model"], Field(description="share the shallow layers, or a second model")] = "head"
+    second: Annotated[Literal["head", "model"], Field(description="share the shallow layers, or a second model")] = (
+        "head"
+    )
     stem_gradient: Annotated[Literal["shared", "detached"], Field(description="of h2 in dual training")] = "shared"
 
     warm_up: Annotated[Recipe | None, Field(description="training of h2 alone; null: no warm-up")] = Recipe(
         epochs=8, min_steps=600, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
     )
-    ranking: Annotated[Literal["persistence", "loss_drop"], Field(description="how the losses rank samples")] = "persistence"
+    ranking: Annotated[Literal["persistence", "loss_drop"], Field(description="how the losses rank samples")] = (
+        "persistence"
+    )
     loss_history: Annotated[
         Literal["init", "after", "running"],
         Field(description="entries: evaluated from before training on, after each epoch only, or seen while training"),
@@ -74,10 +78,14 @@ class E2ABL(Defense):
     isolation_rate: Annotated[Share, Field(description="share of all samples in D_p")] = 0.2
     recovery_rate: Annotated[Share, Field(description="share of all samples in D*")] = 0.01
     recovery_floor: Annotated[int, Field(ge=1, description="D* has at least this many samples")] = 8
-    refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = "never"
+    refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = (
+        "never"
+    )
     remainder: Annotated[
         Literal["trap", "recover", "return"],
-        Field(description="the rest of D_p: only h2 sees it; recovered as well; or back to h1 where its label is not y_b"),
+        Field(
+            description="the rest of D_p: only h2 sees it; recovered as well; or back to h1 where its label is not y_b"
+        ),
     ] = "trap"
     control: Annotated[Literal["recover", "unlearn", "nothing"], Field(description="what h1 does with D*")] = "recover"
     recovery_delay: Annotated[int, Field(ge=0, description="epochs of h1 before it is asked for true classes")] = 1

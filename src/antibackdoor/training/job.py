@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import to_device
@@ -125,7 +125,15 @@ class Job:
     ) -> None:
         """Train in place; checkpoints after an epoch when the last is `checkpoint_seconds` old, and at the end."""
         stage = Fit(
-            name, model, objective, self.data, recipe, rows=rows, parameters=parameters, seed=self.seed, fabric=self.fabric
+            name,
+            model,
+            objective,
+            self.data,
+            recipe,
+            rows=rows,
+            parameters=parameters,
+            seed=self.seed,
+            fabric=self.fabric,
         )
         path, first = self._stage(name), len(self.history)
         if path is not None and path.exists():

@@ -1,0 +1,51 @@
+"""The truth about a poisoned set as a table: written by `poison`, read back only by the judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from antibackdoor.data.core import Data, Truth
+from antibackdoor.errors import InputError
+
+COLUMNS = ["id", "role", "label", "true_label", "target"]
+
+
+def truth_table(data: Data, truth: Truth) -> pd.DataFrame:
+    """One row a sample: id, role (clean, poison, cover), label as given, true label, target class; labels as numbers."""
+    role = torch.where(truth.poisoned, 1, 0) + torch.where(truth.cover, 2, 0)
+    names = [("clean", "poison", "cover")[r] for r in role.tolist()]
+    columns = (list(data.ids), names, data.y.tolist(), truth.labels.tolist(), truth.target)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+
+
+def read_truth(path: Path, data: Data) -> Truth:
+    """Read the table back for `data`; InputError where it is damaged or speaks of other samples."""
+    try:
+        table = pd.read_csv(path, dtype={"id": str, "role": str}, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    if list(table.columns) != COLUMNS or table["id"].tolist() != list(data.ids):
+        raise InputError(f"{path} does not speak of these samples: its ids must be those of the data, in their order.")
+    roles = table["role"]
+    return Truth(
+        torch.tensor((roles == "poison").to_numpy()),
+        torch.tensor((roles == "cover").to_numpy()),
+        torch.tensor(table["true_label"].to_numpy(), dtype=torch.int64),
+        int(table["target"].iloc[0]),
+    )
+
+
+def rates(truth: Truth) -> dict[str, float | int]:
+    """The poison rate both ways: of the whole set, and of the samples now labeled with the target class."""
+    count, n = int(truth.poisoned.sum()), len(truth.poisoned)
+    of_class = int(((truth.labels == truth.target) | truth.poisoned).sum())
+    return {
+        "poisoned": count,
+        "cover": int(truth.cover.sum()),
+        "n": n,
+        "rate_of_set": count / n,
+        "rate_of_class": count / of_class,
+    }

@@ -1,0 +1,115 @@
+"""The run folder: what a finished run leaves behind, and how a later one finds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from antibackdoor.data.core import Data, Spec
+from antibackdoor.errors import InputError
+from antibackdoor.files import atomically, read_json, write_json
+from antibackdoor.models import create
+
+GALLERY_SIZE = 48
+
+
+class ModelCard(BaseModel):
+    """`model.json`: enough to rebuild the network and feed it, without the data; normalization is in the weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    architecture: str | None
+    kind: str
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    low: float
+    high: float
+
+    def spec(self) -> Spec:
+        """What one sample is."""
+        return Spec(self.kind, self.shape, self.classes, self.low, self.high)  # type: ignore[arg-type]
+
+
+def open_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> bool:
+    """Make a run folder, or take up one with the same settings; True where the run there is finished already.
+
+    Raises InputError for a folder in use without `resume`, one of other settings, and one that cannot be written.
+    """
+    settings = folder / "config.json"
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out.") from None
+    if taken and not resume:
+        raise InputError(f"{folder} exists and is not empty; choose another folder, or --resume to go on with its run.")
+    if taken and settings.exists():
+        if read_json(settings) != json.loads(json.dumps(config)):
+            raise InputError(
+                f"{folder} holds a run with other data or settings; resume it with its own, or choose another."
+            )
+    else:
+        write_json(settings, config)
+    return (folder / "result.json").exists()
+
+
+def save_model(folder: Path, model: nn.Module, architecture: str | None, spec: Spec) -> None:
+    """Write `model.safetensors` and `model.json`."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    atomically(folder / "model.safetensors", lambda part: save_file(state, part))
+    card = ModelCard(
+        architecture=architecture, kind=spec.kind, shape=spec.shape, classes=spec.classes, low=spec.low, high=spec.high
+    )
+    write_json(folder / "model.json", card.model_dump(mode="json"))
+
+
+def load_model(folder: str | Path, *, into: nn.Module | None = None) -> tuple[nn.Module, Spec]:
+    """The trained network of a run folder, in evaluation mode on the CPU, and what it takes.
+
+    into: a network of the same structure, for runs that brought their own module.
+    Raises InputError where files are missing, damaged or do not fit together.
+    """
+    folder = Path(folder)
+    try:
+        card = ModelCard.model_validate(read_json(folder / "model.json"))
+    except ValidationError as error:
+        raise InputError(f"{folder / 'model.json'} is not a model card: {error.errors()[0]['msg']}.") from None
+    if card.architecture is None and into is None:
+        raise InputError(f"{folder} holds a model of your own; give a fresh instance of it with `into`.")
+    spec = card.spec()
+    model = into if into is not None else create(str(card.architecture), spec)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no model.safetensors.") from None
+    except (
+        Exception
+    ) as error:  # safetensors has its own error type, torch raises RuntimeError for wrong names or shapes
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder / 'model.safetensors'} does not fit {folder / 'model.json'}: {reason}") from None
+    return model.eval(), spec
+
+
+def save_gallery(folder: Path, data: Data, suspects: pd.DataFrame) -> None:
+    """Keep the most suspicious samples, so that the report can be rebuilt without the data."""
+    place = {name: row for row, name in enumerate(data.ids)}
+    ids = suspects["id"].head(GALLERY_SIZE).tolist()
+    rows = torch.tensor([place[name] for name in ids], dtype=torch.int64)
+    x = data.x[rows].cpu().numpy()
+    arrays: dict[str, Any] = {"ids": np.array(ids), "x": x.transpose(0, 2, 3, 1) if data.spec.kind == "image" else x}
+    if data.lengths is not None:
+        arrays["lengths"] = data.lengths[rows.to(data.lengths.device)].cpu().numpy()
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    atomically(folder / "gallery.npz", write)
