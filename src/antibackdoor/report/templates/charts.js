@@ -1,0 +1,28 @@
+// Draws every chart from the JSON beside it. Colors of text and grid come from the style sheet.
+"use strict";
+const options = {
+  responsive: true,
+  displaylogo: false,
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+};
+for (const place of document.querySelectorAll("[data-figure]")) {
+  const figure = JSON.parse(document.getElementById(place.dataset.figure).textContent);
+  place.replaceChildren();
+  Plotly.newPlot(place, figure.data, figure.layout, options);
+}
+for (const button of document.querySelectorAll("[data-scale]")) {
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    const log = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(log));
+    Plotly.relayout(button.dataset.scale, {
+      "yaxis.type": log ? "log" : "linear",
+      "yaxis.dtick": log ? 1 : null,
+      "yaxis.autorange": true,
+    });
+  });
+}
+// Paper cannot be unfolded.
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+});
