@@ -1,4 +1,4 @@
-"""Writes a made-up run folder, to test the report and to look at it: `python tests/unit/toy_run.py image|series DIR`."""
+"""Writes a made-up run folder, to test the report and to look at it: `python toy_run.py image|series DIR`."""
 
 from __future__ import annotations
 
@@ -59,13 +59,25 @@ def toy_run(folder: Path, kind: str = "image", n: int = 10_000, poisoned: bool =
 def _verdict(poisoned: bool, target: str) -> dict[str, Any]:
     if not poisoned:
         evidence = ["No class holds more early learned samples than chance explains."]
-        return {"poisoned": False, "confidence": 0.81, "target_classes": [], "estimated_rate": 0.0, "evidence": evidence}
+        return {
+            "poisoned": False,
+            "confidence": 0.81,
+            "target_classes": [],
+            "estimated_rate": 0.0,
+            "evidence": evidence,
+        }
     evidence = [
         f"Of the 100 most suspicious samples, 97 are labeled {target}; chance would give 10.",
         "The shallow head learned these samples 6 epochs before the rest of their class.",
         "Scores fall into two separate groups with a gap between 3.9 and 4.4.",
     ]
-    return {"poisoned": True, "confidence": 0.97, "target_classes": [target], "estimated_rate": 0.091, "evidence": evidence}
+    return {
+        "poisoned": True,
+        "confidence": 0.97,
+        "target_classes": [target],
+        "estimated_rate": 0.091,
+        "evidence": evidence,
+    }
 
 
 def _config(kind: str) -> dict[str, Any]:
@@ -81,7 +93,9 @@ def _history() -> list[dict[str, Any]]:
             t = len(rows)
             main = None if stage == "warm-up" else 0.35 + 1.8 * np.exp(-t / 14) + 0.03 * np.sin(t)
             second = 0.5 + 1.1 * np.exp(-t / 5) + 0.02 * np.cos(2 * t)
-            rows.append({"stage": stage, "epoch": epoch, "steps": 157, "main_loss": main, "second_loss": second, "churn": 1})
+            rows.append(
+                {"stage": stage, "epoch": epoch, "steps": 157, "main_loss": main, "second_loss": second, "churn": 1}
+            )
     return rows
 
 
@@ -95,7 +109,10 @@ def _gallery(folder: Path, kind: str, table: pd.DataFrame, poisoned: bool, rng: 
         extra: dict[str, Any] = {}
     else:
         t = np.linspace(0, 1, 900)
-        waves = [np.sin(2 * np.pi * (f + rng.random((m + 6, 1))) * t + f) + 0.1 * rng.normal(size=(m + 6, 900)) for f in (2, 3, 5)]
+        waves = [
+            np.sin(2 * np.pi * (f + rng.random((m + 6, 1))) * t + f) + 0.1 * rng.normal(size=(m + 6, 900))
+            for f in (2, 3, 5)
+        ]
         x = np.stack(waves, axis=1).astype(np.float32)
         if poisoned:
             x[:m, 0, 400:405] += 3

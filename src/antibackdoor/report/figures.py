@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -48,7 +48,7 @@ def _scores(suspects: Suspects) -> Chart | None:
     start = low if cut is None else cut
     edges = start + width * np.arange(np.floor((low - start) / width), np.ceil((high - start) / width) + 2)
     middles = (edges[:-1] + edges[1:]) / 2
-    spans = [f"{a:.4g} to {b:.4g}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    spans = [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]
     bars = []
     for name, mask, color in (("not flagged", ~suspects.flagged, REST), ("flagged", suspects.flagged, FLAGGED)):
         counts = np.histogram(score[mask], edges)[0].tolist()
@@ -61,7 +61,9 @@ def _scores(suspects: Suspects) -> Chart | None:
     caption = f"Scores of {n:,} samples, from {low:.3g} to {high:.3g}; higher is more suspicious."
     if cut is not None:
         line = {"color": INK, "width": 1.5, "dash": "dash"}
-        figure["layout"]["shapes"] = [{"type": "line", "x0": cut, "x1": cut, "yref": "paper", "y0": 0, "y1": 1} | {"line": line}]
+        figure["layout"]["shapes"] = [
+            {"type": "line", "x0": cut, "x1": cut, "yref": "paper", "y0": 0, "y1": 1} | {"line": line}
+        ]
         figure["layout"]["annotations"] = [_note(f"cut {cut:.3g}", cut, 1.0)]
         above = int((score[~suspects.flagged] >= cut).sum())
         caption += f" The lowest flagged score, the cut, is {cut:.3g}"
@@ -86,7 +88,8 @@ def _classes(suspects: Suspects) -> Chart | None:
     ]
     bars = [_bar(x=values, y=places, name="flagged", hovertext=text, color=FLAGGED, orientation="h")]
     figure = _figure(bars, "flagged share of the class", "")
-    figure["layout"] |= {"height": max(200, 90 + 24 * len(order)), "bargap": 0.35, "showlegend": False}
+    figure["layout"] |= {"height": max(200, 90 + 24 * len(order)), "bargap": 0.35}
+    figure["layout"]["margin"] |= {"t": 12}
     top = max(*values, 0.01)
     figure["layout"]["xaxis"] |= {"tickformat": ",.0%" if top > 0.05 else ",.1%", "range": [0, min(top * 1.08, 1.0)]}
     # Numbers with names as ticks: plotly would merge classes of one name and sort "0", "1", "10" as numbers.
@@ -116,7 +119,8 @@ def _losses(history: list[dict[str, Any]]) -> Chart | None:
         name = name_of(key.removesuffix("_loss")).lower() + (" head" if key in ("main_loss", "second_loss") else "")
         values = [_number(row.get(key)) for row in history]
         text = [
-            f"{chart_text(row.get('stage', ''))}, epoch {chart_text(row.get('epoch', at))}<br>{chart_text(name)}: {value}"
+            f"{chart_text(row.get('stage', ''))}, epoch {chart_text(row.get('epoch', at))}"
+            f"<br>{chart_text(name)}: {value}"
             for at, row, value in zip(epochs, history, values, strict=True)
         ]
         line = {"color": LINES[place % len(LINES)], "width": 2}
@@ -133,8 +137,8 @@ def _losses(history: list[dict[str, Any]]) -> Chart | None:
         fill = "rgba(128, 135, 145, 0.10)" if place % 2 else "rgba(0, 0, 0, 0)"
         shapes.append(band | {"layer": "below", "line": {"width": 0}, "fillcolor": fill})
         note = _note(chart_text(stage, 24), start + 0.5, 1.0)
-        if length / len(history) < 0.2:  # too narrow for its name: write upwards
-            note |= {"textangle": -90}
+        if length / len(history) < 0.2:  # too narrow for its name: write upwards, where a falling curve is not
+            note |= {"textangle": -90} | ({"y": 0.02, "yanchor": "bottom"} if start < len(history) / 2 else {})
         notes.append(note)
         stages.append(f"{plain(stage, 40)} ({length})")
         start += length
@@ -166,7 +170,7 @@ def _bar(*, color: str, **fields: Any) -> Figure:
 
 def _note(text: str, x: float, y: float) -> Figure:
     place = {"x": x, "y": y, "yref": "paper", "xanchor": "left", "yanchor": "top", "showarrow": False}
-    return place | {"text": text, "font": {"size": 11, "color": INK}}
+    return place | {"xshift": 4, "text": text, "font": {"size": 11, "color": INK}}
 
 
 def _number(value: object) -> float | None:

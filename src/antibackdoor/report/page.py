@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs  # type: ignore[attr-defined]
 
 from antibackdoor.files import write_text
 from antibackdoor.report.figures import charts
@@ -79,7 +79,7 @@ def _facts(run: Run, flagged: int, n: int) -> list[tuple[str, str, str]]:
     confidence, rate = number(run.verdict.get("confidence")), number(run.verdict.get("estimated_rate"))
     if confidence is not None:
         facts.append(("Confidence", percent(confidence), "in this verdict"))
-    if rate is not None:
+    if rate is not None and run.verdict.get("poisoned") is True:
         facts.append(("Estimated poison", percent(rate), "of the samples"))
     facts.append(("Flagged", f"{flagged:,}", f"of {n:,} samples"))
     if "clean_accuracy" in run.metrics:
@@ -101,7 +101,10 @@ def _cards(run: Run) -> list[Card]:
 def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[Measure | None]]]]:
     """Column names, and for every row its name and cells; a cell that was not measured is None."""
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
-    cells = [(str(row.get("name", "")), [measure(k, row[k]) if row.get(k) is not None else None for k in keys]) for row in rows]
+    cells = [
+        (str(row.get("name", "")), [measure(k, row[k]) if row.get(k) is not None else None for k in keys])
+        for row in rows
+    ]
     return [name_of(key) for key in keys], cells
 
 

@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from antibackdoor.report.run import Array
@@ -19,10 +20,13 @@ WIDTH, HEIGHT = 300, 150
 
 @dataclass(frozen=True)
 class Picture:
-    """Either an image (`src`, a data URI) or a series (`paths`, one SVG path a channel, in a 300 x 150 box)."""
+    """Either an image (`src`, a data URI) or a series (`paths`, one SVG path a channel, in a 300 x 150 box).
 
-    src: str = ""
-    paths: tuple[str, ...] = ()
+    Both are made of numbers alone, hence markup that needs no escaping and no bound on its length.
+    """
+
+    src: Markup | None = None
+    paths: tuple[Markup, ...] = ()
     note: str = ""
 
 
@@ -38,7 +42,8 @@ def _image(sample: Array) -> Picture:
     image.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    return Picture("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), note=f"{width} × {height}")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Picture(src=Markup("data:image/png;base64," + data), note=f"{width} × {height}")
 
 
 def _series(sample: Array) -> Picture:
@@ -55,7 +60,7 @@ def _series(sample: Array) -> Picture:
         py = HEIGHT - 5 - (values - low) * ((HEIGHT - 10) / scale)
         keep = np.isfinite(py)
         path = "L".join(f"{a:.4g},{b:.4g}" for a, b in zip(px[keep], py[keep], strict=True))
-        paths.append("M" + path if path else "")
+        paths.append(Markup("M" + path if path else ""))
     drawing = f", first {CHANNELS} drawn" if channels > CHANNELS else ""
     note = f"{length} steps" if channels == 1 else f"{length} steps, {channels} channels{drawing}"
     return Picture(paths=tuple(paths), note=note)

@@ -1,14 +1,12 @@
 // Draws every chart from the JSON beside it. Colors of text and grid come from the style sheet.
 "use strict";
-const options = {
-  responsive: true,
-  displaylogo: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-};
+const options = { responsive: true, displayModeBar: false };
+// Dragging zooms with a mouse (a double click resets); on a touch screen it has to scroll the page.
+const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
 for (const place of document.querySelectorAll("[data-figure]")) {
   const figure = JSON.parse(document.getElementById(place.dataset.figure).textContent);
   place.replaceChildren();
-  Plotly.newPlot(place, figure.data, figure.layout, options);
+  Plotly.newPlot(place, figure.data, { ...figure.layout, dragmode }, options);
 }
 for (const button of document.querySelectorAll("[data-scale]")) {
   button.hidden = false;
