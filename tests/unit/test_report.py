@@ -101,6 +101,12 @@ def test_damaged_file(tmp_path: Path, name: str, content: str) -> None:
         build_report(tmp_path)
 
 
+def test_gallery_of_the_wrong_type(tmp_path: Path) -> None:
+    np.savez(toy_run(tmp_path, n=20) / "gallery.npz", ids=np.array(["a"]), x=np.zeros((1, 8, 8, 3)))
+    with pytest.raises(InputError, match=r"gallery\.npz"):
+        build_report(tmp_path)
+
+
 def test_half_written_last_line_of_history(tmp_path: Path) -> None:
     folder = toy_run(tmp_path, n=20)
     whole = read_run(folder).history

@@ -135,6 +135,8 @@ def _gallery(path: Path) -> Gallery | None:
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Array] = {name: file[name] for name in file.files}
         ids, x = arrays["ids"][:SHOWN], _cut(arrays["x"][:SHOWN], arrays.get("lengths"))
+        if len(ids) != len(x) or arrays["x"].dtype != (np.uint8 if arrays["x"].ndim == 4 else np.float32):
+            raise ValueError("the samples are neither uint8 images nor float32 series, one an id")
     except Exception as error:  # a damaged archive surfaces as any of a dozen types
         raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without pictures.") from None
     reference = _cut(arrays.get("reference_x", np.empty(0))[:SHOWN], arrays.get("reference_lengths"))

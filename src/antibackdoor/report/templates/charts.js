@@ -20,7 +20,11 @@ for (const button of document.querySelectorAll("[data-scale]")) {
     });
   });
 }
-// Paper cannot be unfolded.
+// Paper cannot be unfolded, and charts that were drawn for a wide screen would run off it.
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details")) details.open = true;
+  for (const place of document.querySelectorAll("[data-figure]")) Plotly.relayout(place, { width: 640 });
+});
+addEventListener("afterprint", () => {
+  for (const place of document.querySelectorAll("[data-figure]")) Plotly.relayout(place, { width: null, autosize: true });
 });
