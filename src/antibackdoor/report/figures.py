@@ -1,0 +1,182 @@
+"""The charts of a report as plotly figures: plain dicts, already counted and binned, so that pages stay small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from antibackdoor.report.run import Run, Suspects
+from antibackdoor.report.words import chart_text, name_of, number, percent, plain
+
+Figure: TypeAlias = dict[str, Any]
+
+BINS = 60
+CLASSES = 25
+FLAGGED, REST = "#e0672f", "#7c93ad"
+LINES = ("#3b82c4", "#8b5cf6", "#2a9d8f", "#b7791f")
+INK, GRID = "#808791", "rgba(128, 135, 145, 0.25)"  # mid-tones: readable on white and on black
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure with its heading and the sentence that says the same in words."""
+
+    key: str
+    title: str
+    caption: str
+    figure: Figure
+    counts: bool = False
+    """Whether the value axis counts samples and may be switched between logarithmic and linear."""
+
+
+def charts(run: Run) -> list[Chart]:
+    """All charts that the run has data for."""
+    found = [_scores(run.suspects), _classes(run.suspects), _losses(run.history)]
+    return [chart for chart in found if chart]
+
+
+def _scores(suspects: Suspects) -> Chart | None:
+    """Histogram of the suspicion score; one edge lies on the cut, so that no bar straddles it."""
+    score, cut, n = suspects.score, suspects.cut, len(suspects.score)
+    if not n:
+        return None
+    low, high = float(score.min()), float(score.max())
+    width = (high - low) / BINS or 1.0
+    start = low if cut is None else cut
+    edges = start + width * np.arange(np.floor((low - start) / width), np.ceil((high - start) / width) + 2)
+    middles = (edges[:-1] + edges[1:]) / 2
+    spans = [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]
+    bars = []
+    for name, mask, color in (("not flagged", ~suspects.flagged, REST), ("flagged", suspects.flagged, FLAGGED)):
+        counts = np.histogram(score[mask], edges)[0].tolist()
+        if any(counts):
+            text = [f"score {span}<br>{count:,} {name}" for span, count in zip(spans, counts, strict=True)]
+            bars.append(_bar(x=_rounded(middles), y=counts, name=name, hovertext=text, color=color, width=width))
+    figure = _figure(bars, "suspicion score", "samples")
+    figure["layout"] |= {"barmode": "stack", "bargap": 0.0}
+    figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1}
+    caption = f"Scores of {n:,} samples, from {low:.3g} to {high:.3g}; higher is more suspicious."
+    if cut is not None:
+        line = {"color": INK, "width": 1.5, "dash": "dash"}
+        figure["layout"]["shapes"] = [
+            {"type": "line", "x0": cut, "x1": cut, "yref": "paper", "y0": 0, "y1": 1} | {"line": line}
+        ]
+        figure["layout"]["annotations"] = [_note(f"cut {cut:.3g}", cut, 1.0)]
+        above = int((score[~suspects.flagged] >= cut).sum())
+        caption += f" The lowest flagged score, the cut, is {cut:.3g}"
+        caption += f"; {above:,} samples above it were not flagged." if above else "."
+    return Chart("scores", "Suspicion scores", caption, figure, counts=True)
+
+
+def _classes(suspects: Suspects) -> Chart | None:
+    """Flagged share of each class; the most affected where there are many."""
+    if not len(suspects.label):
+        return None
+    size = np.bincount(suspects.label, minlength=len(suspects.classes))
+    hits = np.bincount(suspects.label[suspects.flagged], minlength=len(suspects.classes))
+    share = hits / np.maximum(size, 1)
+    order = np.argsort(-share, kind="stable")[:CLASSES][::-1]  # the largest on top: plotly draws from below
+    names = [suspects.classes[i] for i in order]
+    values = [round(float(share[i]), 6) for i in order]
+    places = list(range(len(order)))
+    text = [
+        f"{chart_text(name)}<br>{hits[i]:,} of {size[i]:,} flagged ({percent(value)})"
+        for name, value, i in zip(names, values, order, strict=True)
+    ]
+    bars = [_bar(x=values, y=places, name="flagged", hovertext=text, color=FLAGGED, orientation="h")]
+    figure = _figure(bars, "flagged share of the class", "")
+    figure["layout"] |= {"height": max(200, 90 + 24 * len(order)), "bargap": 0.35}
+    figure["layout"]["margin"] |= {"t": 12}
+    top = max(*values, 0.01)
+    figure["layout"]["xaxis"] |= {"tickformat": ",.0%" if top > 0.05 else ",.1%", "range": [0, min(top * 1.08, 1.0)]}
+    # Numbers with names as ticks: plotly would merge classes of one name and sort "0", "1", "10" as numbers.
+    ticks = {"tickvals": places, "ticktext": [chart_text(name) for name in names], "showgrid": False, "ticklen": 6}
+    figure["layout"]["yaxis"] |= ticks | {"automargin": True, "tickcolor": "rgba(0, 0, 0, 0)"}
+    most = order[-1]
+    caption = "No sample of any class was flagged."
+    if hits[most]:
+        rest = int(hits.sum() - hits[most])
+        caption = (
+            f"{plain(suspects.classes[most], 60)} is hit most: {hits[most]:,} of its {size[most]:,} samples"
+            f" ({percent(float(share[most]))}) are flagged, and {rest:,} in all other classes."
+        )
+    if len(suspects.classes) > CLASSES:
+        caption += f" Shown are the {CLASSES} of {len(suspects.classes):,} classes with the largest share."
+    return Chart("classes", "Flagged share by class", caption, figure)
+
+
+def _losses(history: list[dict[str, Any]]) -> Chart | None:
+    """Every loss in the history over the epochs of the whole run; stages as bands."""
+    keys = sorted({key for row in history for key in row if key.endswith("loss") and number(row[key]) is not None})
+    if not keys:
+        return None
+    epochs = list(range(1, len(history) + 1))
+    traces = []
+    for place, key in enumerate(keys):
+        name = name_of(key.removesuffix("_loss")).lower() + (" head" if key in ("main_loss", "second_loss") else "")
+        values = [_number(row.get(key)) for row in history]
+        text = [
+            f"{chart_text(row.get('stage', ''))}, epoch {chart_text(row.get('epoch', at))}"
+            f"<br>{chart_text(name)}: {value}"
+            for at, row, value in zip(epochs, history, values, strict=True)
+        ]
+        line = {"color": LINES[place % len(LINES)], "width": 2}
+        traces.append(
+            {"type": "scatter", "mode": "lines+markers", "x": epochs, "y": values, "name": chart_text(name)}
+            | {"hovertext": text, "hoverinfo": "text", "line": line, "marker": {"size": 5}, "connectgaps": False}
+        )
+    figure = _figure(traces, "epoch of the run", "loss")
+    figure["layout"]["xaxis"] |= {"range": [0.5, len(history) + 0.5], "showgrid": False}
+    shapes, notes, stages, start = [], [], [], 0
+    for place, (stage, rows) in enumerate(groupby(history, key=lambda row: str(row.get("stage", "")))):
+        length = len(list(rows))
+        band = {"type": "rect", "x0": start + 0.5, "x1": start + length + 0.5, "yref": "paper", "y0": 0, "y1": 1}
+        fill = "rgba(128, 135, 145, 0.10)" if place % 2 else "rgba(0, 0, 0, 0)"
+        shapes.append(band | {"layer": "below", "line": {"width": 0}, "fillcolor": fill})
+        note = _note(chart_text(stage, 24), start + 0.5, 1.0)
+        if length / len(history) < 0.2:  # too narrow for its name: write upwards, where a falling curve is not
+            note |= {"textangle": -90} | ({"y": 0.02, "yanchor": "bottom"} if start < len(history) / 2 else {})
+        notes.append(note)
+        stages.append(f"{plain(stage, 40)} ({length})")
+        start += length
+    figure["layout"] |= {"shapes": shapes, "annotations": notes}
+    caption = f"Loss on the training samples, epoch by epoch. Stages and their epochs: {', '.join(stages[:8])}."
+    return Chart("losses", "Training", caption, figure)
+
+
+def _figure(data: list[Figure], x: str, y: str) -> Figure:
+    """A figure in the common style: transparent, mid-tone text, thin grid."""
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True, "fixedrange": False}
+    layout = {
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "font": {"color": INK, "size": 12, "family": "system-ui, sans-serif"},
+        "height": 320,
+        "margin": {"l": 48, "r": 12, "t": 36, "b": 48},
+        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        "showlegend": len(data) > 1,
+        "xaxis": axis | {"title": {"text": x}},
+        "yaxis": axis | {"title": {"text": y}},
+    }
+    return {"data": data, "layout": layout}
+
+
+def _bar(*, color: str, **fields: Any) -> Figure:
+    return {"type": "bar", "hoverinfo": "text", "textposition": "none", "marker": {"color": color}} | fields
+
+
+def _note(text: str, x: float, y: float) -> Figure:
+    place = {"x": x, "y": y, "yref": "paper", "xanchor": "left", "yanchor": "top", "showarrow": False}
+    return place | {"xshift": 4, "text": text, "font": {"size": 11, "color": INK}}
+
+
+def _number(value: object) -> float | None:
+    amount = number(value)
+    return None if amount is None else float(f"{amount:.5g}")
+
+
+def _rounded(values: Any) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]

@@ -1,0 +1,172 @@
+"""Builds `report.html` from the files of a run folder: one page that opens anywhere and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs  # type: ignore[attr-defined]
+
+from antibackdoor.files import write_text
+from antibackdoor.report.figures import charts
+from antibackdoor.report.pictures import Picture, picture
+from antibackdoor.report.run import Run, read_run
+from antibackdoor.report.words import Measure, flat, measure, measures, name_of, number, percent, plain
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample of the gallery."""
+
+    row: dict[str, str]
+    flagged: bool
+    picture: Picture | None
+
+
+def build_report(folder: Path) -> Path:
+    """Write `report.html` into a run folder from what lies there, and return its path.
+
+    Raises InputError where the folder is no finished run or a file in it is damaged. The same folder gives the same
+    page, byte for byte.
+    """
+    folder = Path(folder)
+    page = render(read_run(folder))
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def render(run: Run) -> str:
+    """The page of a run."""
+    suspects = run.suspects
+    flagged, n = int(suspects.flagged.sum()), len(suspects.flagged)
+    scripts = [_script(get_plotlyjs()), _script(_resource("charts.js"))]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            poisoned=run.verdict.get("poisoned") is True,
+            targets=[str(name) for name in _list(run.verdict.get("target_classes"))],
+            evidence=[str(sentence) for sentence in _list(run.verdict.get("evidence"))],
+            facts=_facts(run, flagged, n),
+            flagged=flagged,
+            n=n,
+            subject=_subject(run.config),
+            comparison=_comparison(run.comparison),
+            charts=charts(run),
+            cards=_cards(run),
+            reference=[(label, picture(x)) for label, x in run.gallery.reference] if run.gallery else [],
+            groups=measures(run.metrics),
+            tables=[("Settings", list(flat(run.config))), ("Environment", list(flat(run.env)))],
+            plotly=scripts[0],
+            script=scripts[1],
+            allowed=Markup(" ".join(_fingerprint(text) for text in scripts)),
+        )
+    )
+
+
+def _facts(run: Run, flagged: int, n: int) -> list[tuple[str, str, str]]:
+    """The numbers beside the verdict: name, value, remark."""
+    facts = []
+    confidence, rate = number(run.verdict.get("confidence")), number(run.verdict.get("estimated_rate"))
+    if confidence is not None:
+        facts.append(("Confidence", percent(confidence), "in this verdict"))
+    if rate is not None and run.verdict.get("poisoned") is True:
+        facts.append(("Estimated poison", percent(rate), "of the samples"))
+    facts.append(("Flagged", f"{flagged:,}", f"of {n:,} samples"))
+    if "clean_accuracy" in run.metrics:
+        accuracy = measure("clean_accuracy", run.metrics["clean_accuracy"])
+        facts.append((accuracy.name, accuracy.value, accuracy.counts))
+    return facts
+
+
+def _cards(run: Run) -> list[Card]:
+    """The most suspicious samples; pictures are matched by id, so that none can stand beside a wrong name."""
+    pictures = run.gallery.x if run.gallery else {}
+    rows = run.suspects.first[: len(pictures) or 24]
+    return [
+        Card(row, bool(flag), picture(pictures[row["id"]]) if row.get("id") in pictures else None)
+        for row, flag in zip(rows, run.suspects.flagged, strict=False)
+    ]
+
+
+def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[Measure | None]]]]:
+    """Column names, and for every row its name and cells; a cell that was not measured is None."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
+    cells = [
+        (str(row.get("name", "")), [measure(k, row[k]) if row.get(k) is not None else None for k in keys])
+        for row in rows
+    ]
+    return [name_of(key) for key in keys], cells
+
+
+def _subject(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few settings that say what was run."""
+    named = []
+    for key in ("data", "defense", "model", "seed"):
+        value = config.get(key)
+        if isinstance(value, dict):
+            value = value.get("name") or value.get("path")
+        if value not in (None, ""):
+            named.append((key, str(value)))
+    return named
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _score(value: str) -> str:
+    """A number of the table in four digits, or the text as it stands."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def _chance(value: str) -> str:
+    try:
+        return percent(float(value))
+    except ValueError:
+        return value
+
+
+def _resource(name: str) -> str:
+    """A file beside the template, from the installed package."""
+    return (resources.files("antibackdoor.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _script(text: str) -> Markup:
+    """Script of our own as it goes into the page: nothing in it may end the element early."""
+    return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _fingerprint(script: str) -> str:
+    """How the page's content policy names the one script text it lets run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+@cache
+def _environment() -> Environment:
+    def show(value: object) -> object:
+        """Last step of every value that is printed: strings lose whatever cannot be seen."""
+        return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=FunctionLoader(_resource),
+        autoescape=True,
+        finalize=show,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": _score, "chance": _chance}
+    return environment

@@ -1,0 +1,156 @@
+"""What a report reads: the files of a run folder, checked, with everything optional allowed to be missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from antibackdoor.errors import InputError
+from antibackdoor.files import read_json
+
+Array: TypeAlias = npt.NDArray[Any]
+
+SHOWN = 48
+"""Most samples a report shows one by one."""
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """`suspects.csv`: three columns of every sample, and the whole rows of the first few."""
+
+    score: npt.NDArray[np.float64]
+    flagged: npt.NDArray[np.bool_]
+    label: npt.NDArray[np.int64]
+    classes: list[str]
+    first: list[dict[str, str]]
+
+    @property
+    def cut(self) -> float | None:
+        """The lowest score that was flagged."""
+        return float(self.score[self.flagged].min()) if self.flagged.any() else None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """`gallery.npz`: the most suspicious samples themselves, and trusted ones of the flagged class if there are any."""
+
+    x: dict[str, Array]
+    reference: list[tuple[str, Array]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder in memory."""
+
+    name: str
+    verdict: dict[str, Any]
+    suspects: Suspects
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    config: dict[str, Any]
+    env: dict[str, Any]
+    comparison: list[dict[str, Any]]
+    gallery: Gallery | None
+    has_model: bool
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; InputError where it is none, or where a file in it is damaged."""
+    for name in ("verdict.json", "suspects.csv"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no {name}: a report needs the folder of a finished run.")
+    return Run(
+        name=folder.resolve().name,
+        verdict=_object(folder / "verdict.json"),
+        suspects=_suspects(folder / "suspects.csv"),
+        metrics=_object(folder / "metrics.json"),
+        history=_history(folder / "history.jsonl"),
+        config=_object(folder / "config.json"),
+        env=_object(folder / "env.json"),
+        comparison=[row for row in _object(folder / "comparison.json").get("rows", []) if isinstance(row, dict)],
+        gallery=_gallery(folder / "gallery.npz"),
+        has_model=(folder / "model.safetensors").is_file(),
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing."""
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} should hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _suspects(path: Path) -> Suspects:
+    """Labels as categories and three columns only, so that millions of samples stay cheap."""
+    # A class may be called "NA" or "null": nothing but numbers is converted, and no word means "missing".
+    options: dict[str, Any] = {"keep_default_na": False, "encoding_errors": "backslashreplace"}
+    dtype: dict[str, Any] = {"label": "category", "score": "float64", "flagged": "category"}
+    try:
+        table = pd.read_csv(path, usecols=list(dtype), dtype=dtype, **options)
+        first = pd.read_csv(path, nrows=SHOWN, dtype=str, **options).to_dict("records")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    return Suspects(
+        score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
+        flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
+        label=table["label"].cat.codes.to_numpy(dtype=np.int64),
+        classes=[str(name) for name in table["label"].cat.categories],
+        first=[{str(key): str(value) for key, value in row.items()} for row in first],
+    )
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    """The rows of the history; a last line that a killed run left half-written is passed over."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"cannot read {path}, line {number}: {error}.") from None
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _gallery(path: Path) -> Gallery | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, Array] = {name: file[name] for name in file.files}
+        ids, x = arrays["ids"][:SHOWN], _cut(arrays["x"][:SHOWN], arrays.get("lengths"))
+        if len(ids) != len(x) or arrays["x"].dtype != (np.uint8 if arrays["x"].ndim == 4 else np.float32):
+            raise ValueError("the samples are neither uint8 images nor float32 series, one an id")
+    except Exception as error:  # a damaged archive surfaces as any of a dozen types
+        raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without pictures.") from None
+    reference = _cut(arrays.get("reference_x", np.empty(0))[:SHOWN], arrays.get("reference_lengths"))
+    labels = [str(name) for name in np.atleast_1d(arrays.get("reference_label", np.array("trusted")))]
+    if len(labels) != len(reference):  # one name for all of them
+        labels = labels[:1] * len(reference)
+    return Gallery(
+        x={str(name): sample for name, sample in zip(ids, x, strict=False)},
+        reference=list(zip(labels, reference, strict=False)),
+    )
+
+
+def _cut(x: Array, lengths: Array | None) -> list[Array]:
+    """Samples one by one; series without their padding."""
+    if lengths is None:
+        return list(x)
+    return [sample[..., : max(int(length), 1)] for sample, length in zip(x, lengths, strict=False)]

@@ -1,0 +1,212 @@
+"""The page of a run: what it says, what it survives, and what a hostile data set cannot make it do."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from plotly.offline import get_plotlyjs
+from toy_run import toy_run
+
+from antibackdoor.errors import InputError
+from antibackdoor.report import build_report
+from antibackdoor.report.figures import charts
+from antibackdoor.report.pictures import picture
+from antibackdoor.report.run import read_run
+from antibackdoor.report.words import duration, measure, percent, plain
+
+OPTIONAL = ["metrics.json", "history.jsonl", "config.json", "env.json", "gallery.npz", "comparison.json"]
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, the text in between, and the text of scripts apart."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.scripts = "", list[str]()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            self.scripts.append(data)
+        elif self.cdata_elem is None:
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def read(folder: Path) -> Elements:
+    return Elements(build_report(folder).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", ["image", "series"])
+def test_poisoned_run(tmp_path: Path, kind: str) -> None:
+    page = read(toy_run(tmp_path, kind, n=600))
+    assert "This data set looks poisoned" in page.text
+    assert "9.1%" in page.text and "97%" in page.text and "7,913 of 10,000" in page.text
+    assert "no defense" in page.text and "99.8%" in page.text
+    assert page.count("img" if kind == "image" else "svg") == 48 + 6
+    pictures = [attrs for tag, attrs in page.tags if tag in ("img", "svg")]
+    assert all(attrs.get("alt") or attrs.get("aria-label") for attrs in pictures)
+    assert len([a for t, a in page.tags if t == "script" and a.get("type") == "application/json"]) == 3
+    assert "12 min 34 s" in page.text and "defense.options.isolation_ratio" in page.text
+
+
+def test_nothing_found_is_no_proof(tmp_path: Path) -> None:
+    page = read(toy_run(tmp_path, n=600, poisoned=False))
+    assert "Nothing found" in page.text and "not proof" in page.text
+    assert "looks poisoned" not in page.text
+
+
+@pytest.mark.parametrize("missing", [[name] for name in OPTIONAL] + [OPTIONAL])
+def test_optional_files(tmp_path: Path, missing: list[str]) -> None:
+    folder = toy_run(tmp_path, n=200)
+    for name in missing:
+        (folder / name).unlink()
+    assert "looks poisoned" in read(folder).text
+
+
+@pytest.mark.parametrize("missing", ["suspects.csv", "verdict.json"])
+def test_no_run_folder(tmp_path: Path, missing: str) -> None:
+    (toy_run(tmp_path, n=20) / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        build_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("verdict.json", "[]"),
+        ("verdict.json", "{"),
+        ("suspects.csv", "id,label\n1,a\n"),
+        ("suspects.csv", "id,label,score,flagged\n1,a,high,true\n"),
+        ("gallery.npz", "no archive"),
+        ("history.jsonl", "{broken\n{}\n"),
+    ],
+)
+def test_damaged_file(tmp_path: Path, name: str, content: str) -> None:
+    (toy_run(tmp_path, n=20) / name).write_text(content)
+    with pytest.raises(InputError, match=name):
+        build_report(tmp_path)
+
+
+def test_gallery_of_the_wrong_type(tmp_path: Path) -> None:
+    np.savez(toy_run(tmp_path, n=20) / "gallery.npz", ids=np.array(["a"]), x=np.zeros((1, 8, 8, 3)))
+    with pytest.raises(InputError, match=r"gallery\.npz"):
+        build_report(tmp_path)
+
+
+def test_half_written_last_line_of_history(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=20)
+    whole = read_run(folder).history
+    with (folder / "history.jsonl").open("a") as file:
+        file.write('{"stage": "joint')
+    assert read_run(folder).history == whole
+
+
+def test_sparse_values(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=20)
+    (folder / "suspects.csv").write_text(
+        "id,label,score,probability,flagged,suggested_label,reason\n7,NA,1.0,,False,,\n"
+    )
+    (folder / "verdict.json").write_text('{"poisoned": false}')
+    (folder / "metrics.json").write_text('{"clean_accuracy": null, "note": "text", "cost": {}}')
+    page = read(folder)
+    assert "labeled NA" in page.text and "unknown" in page.text
+
+
+@pytest.mark.parametrize("table", ["", "a,b,1.0,,False,,\n"])
+def test_tables_without_spread(tmp_path: Path, table: str) -> None:
+    folder = toy_run(tmp_path, n=20)
+    (folder / "suspects.csv").write_text("id,label,score,probability,flagged,suggested_label,reason\n" + table * 3)
+    assert "looks poisoned" in read(folder).text
+
+
+HOSTILE = '</script><script>alert("1")</script><img src=x onerror=alert(2)>'
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    """In the ids, labels, evidence and chart data at once: the adversary names files and classes."""
+    calm = read(toy_run(tmp_path / "calm", n=300))
+    names = {
+        "airplane": HOSTILE,
+        "bird": "{{ 7 * 7 }}\x1b[2J\n\u202egpj.",
+        "cat": '<a href="https://example.org">cat</a>',
+    }
+    page = read(toy_run(tmp_path / "hostile", n=300, **names))
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in calm.tags]
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert HOSTILE in page.text
+    shown = "".join(script for script in page.scripts if script.startswith("{"))
+    assert "<" not in shown
+    ticks = json.loads(page.scripts[1])["layout"]["yaxis"]["ticktext"]
+    assert any(tick.startswith("&lt;a href") for tick in ticks)  # plotly would make a link of it
+    raw = build_report(tmp_path / "hostile").read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert "\x1b" not in raw and "\u202e" not in raw and "\\x1b[2J\\n\\u202egpj." in html.unescape(raw)
+
+
+def test_nothing_is_loaded(tmp_path: Path) -> None:
+    page = read(toy_run(tmp_path, n=100))
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base"), tag
+        for key in ("src", "href", "data", "action", "poster"):
+            value = attrs.get(key)
+            assert value is None or value.startswith(("data:image/png", "#")), (tag, value)
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy and policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
+
+
+def test_one_copy_of_the_chart_library_and_same_bytes(tmp_path: Path) -> None:
+    path = build_report(toy_run(tmp_path, n=100))
+    before = path.read_bytes()
+    assert before.decode().count(get_plotlyjs()) == 1
+    assert build_report(tmp_path).read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_many_samples_make_no_big_page(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=200_000)
+    assert build_report(folder).stat().st_size < len(get_plotlyjs().encode()) + 400_000
+
+
+def test_charts_are_valid_and_count_everyone(tmp_path: Path) -> None:
+    run = read_run(toy_run(tmp_path, n=5_000))
+    found = {chart.key: chart for chart in charts(run)}
+    assert set(found) == {"scores", "classes", "losses"}
+    for chart in found.values():
+        go.Figure(chart.figure)  # raises for a property that plotly does not know
+    rest, flagged = found["scores"].figure["data"]
+    assert sum(rest["y"]) + sum(flagged["y"]) == 5_000
+    assert sum(flagged["y"]) == int(run.suspects.flagged.sum())
+    assert all(not (a and b) for a, b in zip(rest["y"], flagged["y"], strict=True)), "a bar straddles the cut"
+
+
+def test_pictures_keep_short_triggers() -> None:
+    series = np.zeros((1, 5_000), np.float32)
+    series[0, 3_333] = 1.0
+    drawn = picture(series).paths[0]
+    heights = {float(y) for y in re.findall(r",([\d.]+)", drawn)}
+    assert heights == {5.0, 145.0} and drawn.count("L") < 300
+    assert picture(np.full((2, 9), np.nan, np.float32)).paths == ("", "")
+    assert picture(np.zeros((8, 8, 1), np.uint8)).src
+
+
+def test_words() -> None:
+    shares = {0.0: "0%", 1.0: "100%", 0.0004: "under 0.1%", 0.9999: "over 99.9%", 0.791: "79.1%", 0.5: "50%"}
+    assert {share: percent(share) for share in shares} == shares
+    assert duration(7.25) == "7.2 s" and duration(754) == "12 min 34 s" and duration(7300) == "2 h 1 min"
+    assert measure("steps", 12480).value == "12,480"
+    assert measure("new_thing", 0.12345).value == "0.1235" and measure("new_thing", 1).name == "New thing"
+    assert plain("a\x1b[31m\udcff\u200bé 写真") == "a\\x1b[31m\\udcff\\u200bé 写真"
+    assert len(plain("x" * 10_000)) == 500
