@@ -1,0 +1,35 @@
+"""antibackdoor: train a clean model on data nobody vouches for, and name the samples that look poisoned."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from antibackdoor.api import Experiment, Result, train
+    from antibackdoor.data.core import Data, Spec, Splits
+    from antibackdoor.data.load import load
+    from antibackdoor.errors import InputError
+    from antibackdoor.runs import load_model
+
+__version__ = "0.1.0"
+__all__ = ["Data", "Experiment", "InputError", "Result", "Spec", "Splits", "load", "load_model", "train"]
+
+_ROOMS = {
+    "Data": "data.core",
+    "Experiment": "api",
+    "InputError": "errors",
+    "Result": "api",
+    "Spec": "data.core",
+    "Splits": "data.core",
+    "load": "data.load",
+    "load_model": "runs",
+    "train": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `antibackdoor --help` does not wait for torch."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'antibackdoor' has no attribute {name!r}")
+    return getattr(import_module(f"antibackdoor.{_ROOMS[name]}"), name)

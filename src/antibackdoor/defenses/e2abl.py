@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, gather
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition
+from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
@@ -50,6 +51,8 @@ class E2ABL(Defense):
             "refresh": "epoch",
             "main": Recipe(epochs=58, min_steps=0, learning_rate=0.01, schedule="constant", weight_decay=1e-4),
             "second_rate": 0.5,
+            "remainder": "trap",
+            "predominance": 0.0,
             "recovery_delay": 0,
             "recover_only_backdoor_label": False,
         }
@@ -63,7 +66,7 @@ class E2ABL(Defense):
     stem_gradient: Annotated[Literal["shared", "detached"], Field(description="of h2 in dual training")] = "shared"
 
     warm_up: Annotated[Recipe | None, Field(description="training of h2 alone; null: no warm-up")] = Recipe(
-        epochs=8, min_steps=600, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
+        epochs=8, min_steps=200, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
     )
     ranking: Annotated[Literal["persistence", "loss_drop"], Field(description="how the losses rank samples")] = (
         "persistence"
@@ -73,7 +76,7 @@ class E2ABL(Defense):
         Field(description="entries: evaluated from before training on, after each epoch only, or seen while training"),
     ] = "init"
     drop_weights: Annotated[Literal["square", "linear", "uniform"], Field(description="weights of Eq. 5")] = "square"
-    window: Annotated[Share, Field(description="share of the warm-up's last epochs that `persistence` looks at")] = 0.5
+    window: Annotated[Share, Field(description="share of the warm-up's last epochs that `persistence` looks at")] = 1.0
 
     isolation_rate: Annotated[Share, Field(description="share of all samples in D_p")] = 0.2
     recovery_rate: Annotated[Share, Field(description="share of all samples in D*")] = 0.01
@@ -179,29 +182,34 @@ class _Dual(Objective):
         self.backdoor_class = -1
 
     def partition(self, tap: nn.Module, epoch: int) -> None:
-        """Split by the ranking as it stands and, once h1 has learned something, recover the labels of D*."""
-        o, data = self.options, self.job.data
-        scores, given = self.trap.ranking.scores(), data.y.cpu()
-        isolated = torch.zeros(len(data), dtype=torch.bool)
-        recovered = torch.zeros(len(data), dtype=torch.bool)
+        """Split by the ranking as it stands and, once h1 has learned something, recover labels from it."""
+        o, given = self.options, self.job.data.y.cpu()
+        isolated = torch.zeros(len(given), dtype=torch.bool)
+        suspects = torch.zeros(len(given), dtype=torch.bool)
         if not (o.warm_up is None and epoch == 0):  # without a warm-up nothing is known before the first epoch
-            most = top(scores, self.isolated_count)
-            isolated[most] = True
-            suspects = most[: self.recovered_count]
-            answers = logits_of(tap, data, self.job.fabric, suspects, call=_second_logits).argmax(1)
+            order = top(self.trap.ranking.scores(), self.isolated_count)
+            first = order[: self.recovered_count]
+            answers = logits_of(tap, self.job.data, self.job.fabric, first, call=_second_logits).argmax(1)
             self.backdoor_class = int(answers.mode().values)
-            recovered[most if o.remainder == "recover" else suspects] = True
+            isolated[order] = True
+            predominance = float((given[first] == self.backdoor_class).double().mean())
+            if predominance >= o.predominance:
+                suspects[order if o.remainder == "recover" else first] = True
             if o.recover_only_backdoor_label:
-                recovered &= given == self.backdoor_class
-            if o.remainder == "return":
-                isolated &= (given == self.backdoor_class) | recovered
+                suspects &= given == self.backdoor_class
+            if o.remainder in {"return", "agree"}:
+                isolated &= (given == self.backdoor_class) | suspects
         ready = o.control == "recover" and epoch >= o.recovery_delay
-        labels = given.clone()
-        if ready and recovered.any():
-            rows = recovered.nonzero().flatten()
-            logits = logits_of(tap.backbone, data, self.job.fabric, rows)  # type: ignore[arg-type]
+        labels, recovered = given.clone(), suspects.clone()
+        if ready and isolated.any():
+            rows = isolated.nonzero().flatten()
+            logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)  # type: ignore[arg-type]
+            answer = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
+            if o.remainder == "agree":
+                recovered |= isolated & (answer != self.backdoor_class)
             logits[:, self.backdoor_class] = -torch.inf
-            labels[rows] = logits.argmax(1)
+            other = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
+            labels = torch.where(recovered, other, labels)
         self._set(Partition(epoch, isolated, recovered, labels), use_recovered=ready or o.control == "unlearn")
 
     def _set(self, partition: Partition, use_recovered: bool) -> None:
@@ -251,3 +259,10 @@ class _Dual(Objective):
         self.partitions = kept[:-1]
         ready = self.options.control == "recover" and kept[-1].epoch >= self.options.recovery_delay
         self._set(kept[-1], use_recovered=ready or self.options.control == "unlearn")
+
+    def outcome(self, tap: Tap) -> Outcome:
+        """Judge the samples by the ranking and by what the main head, which never saw them so labeled, says of them."""
+        data, last = self.job.data, self.partitions[-1]
+        logits = logits_of(tap.backbone, data, self.job.fabric)
+        scores = self.trap.ranking.scores()
+        return suspects_of(tap.backbone, data, scores, logits, last, self.backdoor_class, self.partitions)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from antibackdoor.files import Tree
 
-EPSILON = 1e-6
-"""Losses below this count as equally small: float32 cross entropy is rounding noise there."""
+EPSILON = 0.01
+"""Losses below this count as equally small: how far below is noise, and would outweigh everything else in a log."""
 
 
 class LossDrop:

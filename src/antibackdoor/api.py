@@ -1,0 +1,183 @@
+"""The Python surface: `train` on data nobody vouches for, and the `Result` with model, suspects and verdict."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures
+from antibackdoor.data.core import Data, Spec, Splits, Truth, check_trainable
+from antibackdoor.data.load import load
+from antibackdoor.defenses import AUTO, Outcome, make_defense
+from antibackdoor.environment import environment
+from antibackdoor.errors import InputError
+from antibackdoor.files import atomically, write_json
+from antibackdoor.models import create
+from antibackdoor.options import values
+from antibackdoor.report import build_report
+from antibackdoor.runs import open_folder, save_gallery, save_model
+from antibackdoor.training.job import Job, make_fabric
+from antibackdoor.training.loop import Progress
+from antibackdoor.training.scores import logits_of
+from antibackdoor.verdict import Verdict, decide
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What only an experiment knows: which samples are poisoned, and a triggered test set. Read by the judge alone."""
+
+    truth: Truth
+    triggered: Data
+
+
+@dataclass(frozen=True)
+class Result:
+    """model: the clean classifier, a plain module. suspects: every training sample, most suspicious first."""
+
+    model: nn.Module
+    spec: Spec
+    suspects: pd.DataFrame
+    verdict: Verdict
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    architecture: str | None
+    data: Data
+    environment: dict[str, Any]
+
+    @torch.no_grad()
+    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
+        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
+        if not isinstance(x, Data):
+            stored = self.spec.encode(torch.as_tensor(x).float())
+            none = torch.zeros(len(stored), dtype=torch.int64)
+            x = Data(stored, none, self.spec, [str(i) for i in range(len(stored))], lengths)
+        device = next(self.model.parameters()).device
+        fabric = make_fabric(str(device), "32-true")
+        return logits_of(self.model, x, fabric).argmax(1).numpy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, self.model, self.architecture, self.spec)
+        atomically(folder / "suspects.csv", lambda part: self.suspects.to_csv(part, index=False))
+        save_gallery(folder, self.data, self.suspects)
+        write_json(folder / "verdict.json", self.verdict.as_json())
+        write_json(folder / "metrics.json", self.metrics)
+        write_json(folder / "env.json", self.environment)
+        build_report(folder)
+        summary = {
+            "poisoned": self.verdict.poisoned,
+            "flagged": int(self.suspects["flagged"].sum()),
+            "n": len(self.data),
+        }
+        write_json(folder / "result.json", summary)
+        return folder
+
+
+def train(
+    data: Splits | Data | str | Path,
+    *,
+    defense: str = "auto",
+    options: dict[str, Any] | None = None,
+    model: str | nn.Module = "auto",
+    epochs: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    experiment: Experiment | None = None,
+) -> Result:
+    """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
+
+    data: a path or catalog name, a `Data`, or `Splits` whose test set (if any) is only used to measure accuracy.
+    defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
+    model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
+    out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
+    experiment: known truth, for measuring only. Raises InputError for bad input.
+    """
+    splits = load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
+    check_trainable(splits.train)
+    method = make_defense(defense, options)
+    if isinstance(model, str):
+        create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
+    fabric = make_fabric(device, precision)
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        name = AUTO if defense == "auto" else defense
+        config = {
+            "data": splits.train.fingerprint(),
+            "defense": {"name": name, "options": values(method)},
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "epochs": epochs,
+            "seed": seed,
+        }
+        open_folder(folder, config, resume=resume)
+    started = time.perf_counter()
+    job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
+    missing = method.needs - job.extras.keys()
+    if missing:
+        raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(missing))}.")
+    outcome = method.run(job)
+    job.write_history()
+    result = Result(
+        model=outcome.model.eval(),
+        spec=splits.train.spec,
+        suspects=suspects_table(splits.train, outcome),
+        verdict=decide(splits.train, outcome),
+        metrics=_metrics(splits, outcome, job, experiment, fabric, time.perf_counter() - started),
+        history=job.history,
+        architecture=model if isinstance(model, str) else None,
+        data=splits.train,
+        environment=environment(fabric),
+    )
+    if folder is not None:
+        result.save(folder)
+    return result
+
+
+def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
+    """Every sample, most suspicious first: id, label, score, probability, flagged, suggested_label, reason."""
+    names = np.array(data.spec.classes, dtype=object)
+    suggested = outcome.suggested.numpy()
+    table = pd.DataFrame(
+        {
+            "id": list(data.ids),
+            "label": names[data.y.cpu().numpy()],
+            "score": outcome.scores.numpy(),
+            "probability": outcome.probability.numpy(),
+            "flagged": outcome.flagged.numpy(),
+            "suggested_label": np.where(suggested >= 0, names[suggested.clip(0)], ""),
+            "reason": [outcome.reasons.get(row, "") for row in range(len(data))],
+        }
+    )
+    return table.sort_values(["flagged", "score"], ascending=False, kind="stable", ignore_index=True)
+
+
+def _metrics(
+    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric, seconds: float
+) -> dict[str, Any]:
+    measured: dict[str, Any] = {}
+    if experiment is not None and splits.test is not None:
+        target = experiment.truth.target
+        measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, fabric)
+        measured["detection"] = detection_measures(outcome, experiment.truth)
+    elif splits.test is not None:
+        measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
+    steps = {row["stage"]: row["steps"] for row in job.history}
+    measured["cost"] = {
+        "seconds": round(seconds, 1),
+        "steps": sum(steps.values()),
+        "parameters": sum(p.numel() for p in outcome.model.parameters()),
+    }
+    return measured
