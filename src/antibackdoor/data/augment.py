@@ -18,11 +18,13 @@ from antibackdoor.data.core import Spec
 
 
 class Augmentation(Protocol):
-    """x (n, C, H, W) in [0, 1] or (n, C, T) -> the same shape; flip: whether images may be mirrored."""
+    """The signature all share."""
 
     def __call__(
         self, x: Tensor, spec: Spec, generator: Generator, lengths: Tensor | None = None, *, flip: bool = True
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """X, (n, C, H, W) in [0, 1] or (n, C, T) -> the same shape; flip: whether images may be mirrored."""
+        ...
 
 
 def none(x: Tensor, spec: Spec, generator: Generator, lengths: Tensor | None = None, *, flip: bool = True) -> Tensor:

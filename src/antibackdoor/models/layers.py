@@ -78,15 +78,21 @@ class ConvNorm(nn.Module):
         return (torch.relu(h) if self.relu else h), mask
 
     def _normalize(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        out: Tensor
         if mask is None or not self.norm.training:
-            out = blank(self.norm(h), mask)
-            return out
+            return blank(self._batch_norm(h), mask)
         # Batch statistics must not count padding: normalize the positions that hold data as one long list.
         h, valid = h.transpose(1, 2), mask.squeeze(1)
         out = torch.zeros_like(h)
-        out[valid] = self.norm(h[valid])
+        out[valid] = self._batch_norm(h[valid])
         return out.transpose(1, 2)
+
+    def _batch_norm(self, h: Tensor) -> Tensor:
+        norm = self.norm
+        # One value a channel (a lone row on a 1 x 1 map) has no variance: PyTorch would raise in the middle of a run.
+        lone = h.numel() <= h.shape[1]
+        statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        out: Tensor = nn.functional.batch_norm(h, *statistics, eps=norm.eps) if lone else norm(h)
+        return out
 
 
 def he_init(module: nn.Module) -> None:

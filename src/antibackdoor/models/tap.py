@@ -9,74 +9,16 @@ of its batch norms, never meet the others. Hooks live only as long as a call; th
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from antibackdoor.errors import InputError, unknown
+from antibackdoor.models.blocks import call, choose_tap, feature_map, find_taps, undisturbed
 from antibackdoor.models.layers import ConvNorm, State, average, he_init
 
-_COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
-
-
-class Candidate(NamedTuple):
-    """A block that can be tapped; depth: convolutions and linear layers run by its end; share: that / all of them."""
-
-    name: str
-    depth: int
-    share: float
-
-
-def find_taps(model: nn.Module, example: Tensor, lengths: Tensor | None = None) -> list[Candidate]:
-    """The blocks of `model` that can be tapped, in the order in which they run on `example` (a few rows will do).
-
-    Looked at are the children of the model, of `nn.Sequential` and of a network wrapped whole; taken are those that run
-    exactly once, return a feature map (rank 3 or 4) and have some layers before and some after them.
-    """
-    depth = 0
-    runs: dict[nn.Module, list[tuple[int, bool]]] = {}
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal depth
-        depth += isinstance(module, _COUNTED)
-        runs.setdefault(module, []).append((depth, _feature_map(output) is not None))
-
-    handles = [module.register_forward_hook(record) for module in model.modules()]
-    try:
-        with _undisturbed(model), torch.no_grad():
-            _call(model, example, lengths)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    def blocks(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in parent.named_children():
-            yield prefix + name, child
-            if isinstance(child, nn.Sequential) or not any(is_map for _, is_map in runs.get(child, [])):
-                yield from blocks(child, f"{prefix}{name}.")
-
-    order = {module: i for i, module in enumerate(runs)}
-    once = [(name, m) for name, m in blocks(model, "") if len(runs.get(m, [])) == 1 and runs[m][0][1]]
-    once.sort(key=lambda pair: order[pair[1]])
-    found = [Candidate(name, runs[m][0][0], runs[m][0][0] / depth) for name, m in once]
-    return [c for c in found if 0 < c.depth < depth]
-
-
-def choose_tap(candidates: list[Candidate]) -> str:
-    """The block whose end is nearest to half of the network's depth; `layer2` of a ResNet-18, -34 and -50.
-
-    Where the model has three top-level stages or more, blocks inside them are not looked at. Of two equally near the
-    shallower is taken; of two equally deep (convolution, batch norm, ReLU) the later. InputError without candidates.
-    """
-    if not candidates:
-        raise InputError("this model has no block that can be tapped; give a network built of convolutional blocks.")
-    stages = [c for c in candidates if "." not in c.name]
-    pool = stages if len(stages) >= 3 else candidates
-    return min(reversed(pool), key=lambda c: (round(abs(c.share - 0.5), 9), c.depth)).name
+__all__ = ["SecondHead", "Tap", "choose_tap", "find_taps"]
 
 
 class SecondHead(nn.Module):
@@ -99,11 +41,11 @@ class Tap(nn.Module):
     """A backbone with a second head behind its block `at`.
 
     at: a name from `find_taps`; None: `choose_tap` decides. example: a few input rows, on any device.
-    channels: of the head's convolutions. By default 2 and 4 times the channels of the tapped map, but at most 256 and 512
-    (else the head of a ResNet-50 would outweigh its backbone); `wide`: 4 and 4 times, at most 512.
+    channels: of the head's convolutions; by default 2 and 4 times those of the tapped map, at most 256 and 512 (else
+    the head of a ResNet-50 would outweigh its backbone); `wide`: 4 and 4 times, at most 512.
     shared: False gives the second head a freshly initialized shallow part of its own (ablation: two models).
     A backbone that uses `lengths` behind the tap must carry them through it, as the models here carry their mask.
-    Raises InputError for a block that is not there.
+    Raises InputError for a block that is not there, and for one that does not cut the network in two.
     """
 
     def __init__(
@@ -128,6 +70,7 @@ class Tap(nn.Module):
         self.backbone = model
         self.shared = shared
         self._stem, features = self._trace(example, lengths)
+        self._check_cut(example, lengths)
         c = features.shape[1]
         second = min(4 * c, 512)
         channels = channels or (second if wide else min(2 * c, 256), second)
@@ -161,7 +104,7 @@ class Tap(nn.Module):
             _, output = self._run(self.second_backbone, x, lengths, rows=torch.empty(0, dtype=torch.long))
             second = self._second(output, detach)
             own_x, own_lengths = _take((x, lengths), rows, len(x))
-            logits = _call(self.backbone, own_x, own_lengths) if len(own_x) else None
+            logits = call(self.backbone, own_x, own_lengths) if len(own_x) else None
         return (second[:0] if logits is None else logits), second
 
     def parameter_counts(self) -> dict[str, float]:
@@ -187,12 +130,24 @@ class Tap(nn.Module):
     def _trace(self, example: Tensor, lengths: Tensor | None) -> tuple[frozenset[str], Tensor]:
         """Names of the parameters that the tapped features depend on, and the features of `example`."""
         named = [(name, p) for name, p in self.backbone.named_parameters() if p.requires_grad]
-        with _undisturbed(self.backbone), torch.enable_grad():
+        with undisturbed(self.backbone), torch.enable_grad():
             _, output = self._run(self.backbone, example, lengths, torch.empty(0, dtype=torch.long))
-            features = _feature_map(output)
+            features = feature_map(output)
             assert features is not None  # find_taps saw a feature map
             grads = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
         return frozenset(name for (name, _), grad in zip(named, grads, strict=True) if grad is not None), features
+
+    def _check_cut(self, example: Tensor, lengths: Tensor | None) -> None:
+        """Refuse a block that another path leads around: rows left out at the tap would still reach the deep part."""
+        rows = torch.zeros(3, dtype=torch.long, device=example.device)
+        x, lengths = _take((example, lengths), rows, len(example))
+        try:
+            with undisturbed(self.backbone), torch.no_grad():
+                logits, _ = self._run(self.backbone, x, lengths, rows[:2])
+        except RuntimeError:  # two rows met three
+            logits = None
+        if logits is None or len(logits) != 2:
+            raise InputError(f"block {self.at!r} does not cut the network in two: another path leads around it.")
 
     def _run(
         self, model: nn.Module, x: Tensor, lengths: Tensor | None, rows: Tensor | None
@@ -208,14 +163,14 @@ class Tap(nn.Module):
 
         handle = model.get_submodule(self.at).register_forward_hook(fork)
         try:
-            return _call(model, x, lengths), kept[0]
+            return call(model, x, lengths), kept[0]
         except _Enough:
             return None, kept[0]
         finally:
             handle.remove()
 
     def _second(self, output: Any, detach: bool) -> Tensor:
-        features = _feature_map(output)
+        features = feature_map(output)
         assert features is not None
         mask = output[1] if isinstance(output, tuple | list) and len(output) == 2 else None
         mask = mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
@@ -225,23 +180,6 @@ class Tap(nn.Module):
 
 class _Enough(Exception):
     """Ends a forward pass at the tap."""
-
-
-def _call(model: Callable[..., Any], x: Tensor, lengths: Tensor | None) -> Tensor:
-    """`model(x, lengths)`, or `model(x)` where there are none or the model does not know of them."""
-    forward = model.forward if isinstance(model, nn.Module) else model
-    out: Tensor
-    if lengths is not None and "lengths" in inspect.signature(forward).parameters:
-        out = model(x, lengths=lengths)
-    else:
-        out = model(x)
-    return out
-
-
-def _feature_map(output: Any) -> Tensor | None:
-    """The first tensor of a block's output if it is a feature map, (n, C, T) or (n, C, H, W)."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    return first if isinstance(first, Tensor) and first.dim() in {3, 4} else None
 
 
 def _take(output: Any, rows: Tensor | None, n: int) -> Any:
@@ -261,15 +199,3 @@ def _restart(module: nn.Module) -> None:
     if reset is not None:
         reset()
     he_init(module)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that no batch statistics move; afterwards every module is in its former mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
