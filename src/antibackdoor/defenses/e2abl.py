@@ -84,14 +84,16 @@ class E2ABL(Defense):
     refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = (
         "never"
     )
+    predominance: Annotated[Share, Field(description="recover D* only if this share of it is labeled y_b")] = 0.8
     remainder: Annotated[
-        Literal["trap", "recover", "return"],
+        Literal["trap", "recover", "return", "agree"],
         Field(
-            description="the rest of D_p: only h2 sees it; recovered as well; or back to h1 where its label is not y_b"
+            description="the rest of D_p: only h2 sees it; recovered as well; back to h1 where its label is not y_b; or "
+            "that, and what is labeled y_b is recovered where h1 answers another class"
         ),
-    ] = "trap"
+    ] = "agree"
     control: Annotated[Literal["recover", "unlearn", "nothing"], Field(description="what h1 does with D*")] = "recover"
-    recovery_delay: Annotated[int, Field(ge=0, description="epochs of h1 before it is asked for true classes")] = 1
+    recovery_delay: Annotated[Share, Field(description="share of h1's epochs before it is asked for classes")] = 0.1
     recover_only_backdoor_label: Annotated[bool, Field(description="recover only samples labeled y_b")] = True
 
     main: Annotated[Recipe, Field(description="dual training")] = Recipe()
@@ -199,7 +201,7 @@ class _Dual(Objective):
                 suspects &= given == self.backdoor_class
             if o.remainder in {"return", "agree"}:
                 isolated &= (given == self.backdoor_class) | suspects
-        ready = o.control == "recover" and epoch >= o.recovery_delay
+        ready = self._ready(epoch)
         labels, recovered = given.clone(), suspects.clone()
         if ready and isolated.any():
             rows = isolated.nonzero().flatten()
@@ -210,10 +212,16 @@ class _Dual(Objective):
             logits[:, self.backdoor_class] = -torch.inf
             other = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
             labels = torch.where(recovered, other, labels)
-        self._set(Partition(epoch, isolated, recovered, labels), use_recovered=ready or o.control == "unlearn")
+        self._set(Partition(epoch, isolated, recovered, labels))
 
-    def _set(self, partition: Partition, use_recovered: bool) -> None:
+    def _ready(self, epoch: int) -> bool:
+        """Whether h1 has seen enough to be asked for the true classes of D*."""
+        delay = self.options.recovery_delay * self.job.recipe(self.options.main).epochs_for(len(self.job.data))
+        return self.options.control == "recover" and epoch >= delay
+
+    def _set(self, partition: Partition) -> None:
         device = self.job.fabric.device
+        use_recovered = self._ready(partition.epoch) or self.options.control == "unlearn"
         in_main = ~partition.isolated | partition.recovered if use_recovered else ~partition.isolated
         self.in_main, self.labels = in_main.to(device), partition.labels.to(device)
         self.isolated = partition.isolated.to(device)
@@ -257,8 +265,7 @@ class _Dual(Objective):
         self.backdoor_class = state["backdoor_class"]
         kept = [Partition(*values) for values in state["partitions"]]
         self.partitions = kept[:-1]
-        ready = self.options.control == "recover" and kept[-1].epoch >= self.options.recovery_delay
-        self._set(kept[-1], use_recovered=ready or self.options.control == "unlearn")
+        self._set(kept[-1])
 
     def outcome(self, tap: Tap) -> Outcome:
         """Judge the samples by the ranking and by what the main head, which never saw them so labeled, says of them."""

@@ -28,7 +28,7 @@ class Recipe:
     """How long and how to train: SGD with Nesterov momentum; a schedule counted in steps."""
 
     epochs: Annotated[int, Field(ge=1, description="passes over the training set")] = 12
-    min_steps: Annotated[int, Field(ge=0, description="small sets get more epochs until this many steps")] = 600
+    min_steps: Annotated[int, Field(ge=0, description="small sets get more epochs until this many steps")] = 400
     batch_size: Annotated[int, Field(ge=2, description="samples a step; small sets use n/20, at least 16")] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
