@@ -73,13 +73,16 @@ def test_triggered(name: str, sort: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "sort"), CASES)
-def test_trigger_does_not_depend_on_the_batch(name: str, sort: str) -> None:
+def test_trigger_is_pure_and_does_not_depend_on_the_batch(name: str, sort: str) -> None:
     clean, attack = SETS[sort](0), attack_of(name)
     state = attack.fit(clean)
 
     def apply(verb: str, rows: torch.Tensor) -> torch.Tensor:
         lengths = None if clean.lengths is None else clean.lengths[rows]
-        out: torch.Tensor = getattr(attack, verb)(clean.spec.decode(clean.x[rows]), clean.spec, state, rows, lengths)
+        x = clean.spec.decode(clean.x[rows])
+        before = x.clone()
+        out: torch.Tensor = getattr(attack, verb)(x, clean.spec, state, rows, lengths)
+        assert torch.equal(x, before), "the trigger changed its argument"
         return out
 
     for verb in ("trigger", "craft"):

@@ -117,7 +117,7 @@ class Attack(ABC):
         finite = x.isfinite().flatten(1).all(1)
         if not finite.all():
             raise InputError(f"sample {data.ids[int(rows[~finite][0])]!r} holds NaN or infinite values.")
-        out = (self.craft if craft else self.trigger)(x.clone(), data.spec, state, rows, lengths)
+        out = (self.craft if craft else self.trigger)(x, data.spec, state, rows, lengths)
         if out.shape != x.shape or out.dtype != x.dtype or not out.isfinite().all():
             raise RuntimeError(
                 f"{type(self).__name__} changed the shape or type of its samples or made values that are not finite"
