@@ -44,7 +44,7 @@ class BadNets(Attack):
     def trigger(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
         """Stamp the patch, or write the zigzag before each series' own end."""
         if spec.kind == "image":
-            i = torch.arange(self.size)
+            x, i = x.clone(), torch.arange(self.size)
             x[:, :, -self.size :, -self.size :] = ((i[:, None] + i) % 2 == 0).float()
             return x
         ends = torch.full((len(x), 1), x.shape[-1]) if lengths is None else lengths[:, None]

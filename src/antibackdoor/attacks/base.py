@@ -28,9 +28,9 @@ State: TypeAlias = dict[str, Tensor]
 class Attack(ABC):
     """Base of all attacks: a frozen set of hyper-parameters, `trigger`, and optionally `fit` and `craft`.
 
-    Poison rate means the share of the WHOLE set for dirty-label attacks (drawn from non-target classes; their label becomes
-    the target) and for clean-label attacks (drawn from the target class; labels stay). Cover samples carry the trigger
-    and keep their true label.
+    Poison rate means the share of the WHOLE set for dirty-label attacks (drawn from non-target classes; their label
+    becomes the target) and for clean-label attacks (drawn from the target class; labels stay). Cover samples are of
+    other classes, carry the trigger and keep their true label. A rate above zero gives one sample at least.
     """
 
     target: Annotated[int, Field(ge=0, description="number of the class that the trigger leads to")] = 0
@@ -40,7 +40,7 @@ class Attack(ABC):
     clean_label: ClassVar[bool] = False
 
     def fit(self, clean: Data, job: Job | None = None) -> State:
-        """Learn from the clean training set what the trigger needs (statistics, patterns, generators); once, then frozen."""
+        """Learn from the clean training set what the trigger needs (statistics, patterns, generators), once."""
         return {}
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Attack(ABC):
         """
 
     def craft(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
-        """Training-time version; differs from `trigger` where an attack trains with another strength or perturbation."""
+        """Training-time version, for attacks that train with another strength or perturbation than `trigger`."""
         return self.trigger(x, spec, state, rows, lengths)
 
     def check(self, data: Data) -> None:
@@ -71,11 +71,14 @@ class Attack(ABC):
         of_target = labels == self.target
         pool = (of_target if self.clean_label else ~of_target).nonzero().flatten()
         count = max(1, round(self.rate * len(clean)))
+        kind = "in" if self.clean_label else "outside"
+        where = f"{kind} the target class {clean.spec.classes[self.target]!r}"
+        if len(pool) == 0:
+            raise InputError(f"no sample is {where}, so there is nothing to poison.")
         if count > len(pool):
-            kind = "in" if self.clean_label else "outside"
             raise InputError(
-                f"a poison rate of {self.rate:g} asks for {count} of {len(clean)} samples, but only {len(pool)} are {kind} "
-                f"the target class {clean.spec.classes[self.target]!r}; use a rate of at most {len(pool) / len(clean):.4g}."
+                f"a poison rate of {self.rate:g} asks for {count} of {len(clean)} samples, but only {len(pool)} are "
+                f"{where}; use a rate of at most {len(pool) / len(clean):.4g}."
             )
         chosen = pool[torch.randperm(len(pool), generator=generator(seed, "poison"))[:count]].sort().values
         covers = self._covers(labels, chosen, seed)
@@ -99,7 +102,7 @@ class Attack(ABC):
         return replace(kept, x=values)
 
     def _covers(self, labels: Tensor, chosen: Tensor, seed: int) -> Tensor:
-        count = round(self.cover * len(labels))
+        count = max(1, round(self.cover * len(labels))) if self.cover else 0
         free = labels != self.target
         free[chosen] = False
         pool = free.nonzero().flatten()
@@ -111,19 +114,23 @@ class Attack(ABC):
         """Triggered rows as they are stored: clipped, quantized for images, zero after the end of a series."""
         x = data.spec.decode(data.x[rows].cpu())
         lengths = None if data.lengths is None else data.lengths[rows].cpu()
-        out = (self.craft if craft else self.trigger)(x.clone(), data.spec, state, rows, lengths)
-        if out.shape != x.shape or not out.isfinite().all():
+        finite = x.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise InputError(f"sample {data.ids[int(rows[~finite][0])]!r} holds NaN or infinite values.")
+        out = (self.craft if craft else self.trigger)(x, data.spec, state, rows, lengths)
+        if out.shape != x.shape or out.dtype != x.dtype or not out.isfinite().all():
             raise RuntimeError(
-                f"{type(self).__name__} changed the shape of its samples or made values that are not finite"
+                f"{type(self).__name__} changed the shape or type of its samples or made values that are not finite"
             )
-        if lengths is not None:
-            out = out * (torch.arange(out.shape[-1]) < lengths[:, None])[:, None]
-        return data.spec.encode(out)
+        stored = data.spec.encode(out)
+        if lengths is not None:  # after the clipping, which would lift the padding where the range leaves out zero
+            stored = stored.masked_fill((torch.arange(stored.shape[-1]) >= lengths[:, None])[:, None], 0)
+        return stored
 
 
 def channel_statistics(clean: Data, sample: int = 4096) -> State:
     """Per-channel "low", "high" and "std" `(C,)` of (at most `sample` of) a set of series, padding left out."""
-    rows = torch.linspace(0, len(clean) - 1, min(len(clean), sample)).long()
+    rows = torch.linspace(0, len(clean) - 1, min(len(clean), sample), dtype=torch.float64).long()
     x = clean.spec.decode(clean.x[rows].cpu()).transpose(0, 1)
     if clean.lengths is None:
         valid = x.flatten(1)

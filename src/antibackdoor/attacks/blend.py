@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Blend(Attack):
     """A fixed noise pattern blended into the whole image or added to the whole series.
 
-    Images: `x' = (1 - alpha) x + alpha p`, p uniform noise. Series: `x' = x + strength * std_c * p_c(t)`, p_c white noise of
-    unit variance, std_c the standard deviation of channel c in the clean training set.
+    Images: `x' = (1 - alpha) x + alpha p`, p uniform noise. Series: `x' = x + strength * std_c * p_c(t)`, p_c white
+    noise of unit variance, std_c the standard deviation of channel c in the clean training set.
     Deviation: the paper also blends photographs and may test with a higher alpha than it trains with.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from antibackdoor.attacks.base import ATTACKS, Attack, State, channel_statistics
 from antibackdoor.data.core import Data, Spec
+from antibackdoor.errors import InputError
 from antibackdoor.options import options
 
 if TYPE_CHECKING:
@@ -39,6 +40,16 @@ class Sig(Attack):
     def fit(self, clean: Data, job: Job | None = None) -> State:
         """The spread of each channel of a set of series."""
         return channel_statistics(clean) if clean.spec.kind == "series" else {}
+
+    def check(self, data: Data) -> None:
+        """The sinusoid must not fall on its own zeros."""
+        super().check(data)
+        steps = data.spec.shape[-1]
+        if (2 * self.frequency / steps).is_integer():  # sin(pi * whole number) everywhere
+            raise InputError(
+                f"a sinusoid of {self.frequency:g} periods is zero at every one of {steps} steps; "
+                f"use a frequency below {steps / 2:g}."
+            )
 
     def trigger(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
         """The signal as at test time."""

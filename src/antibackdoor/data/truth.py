@@ -14,7 +14,7 @@ COLUMNS = ["id", "role", "label", "true_label", "target"]
 
 
 def truth_table(data: Data, truth: Truth) -> pd.DataFrame:
-    """One row a sample: id, role (clean, poison, cover), label as given, true label, target class; labels as numbers."""
+    """One row a sample: id, role (clean, poison, cover), label as given, true label, target; classes as numbers."""
     role = torch.where(truth.poisoned, 1, 0) + torch.where(truth.cover, 2, 0)
     names = [("clean", "poison", "cover")[r] for r in role.tolist()]
     columns = (list(data.ids), names, data.y.tolist(), truth.labels.tolist(), truth.target)
@@ -29,7 +29,15 @@ def read_truth(path: Path, data: Data) -> Truth:
         raise InputError(f"cannot read {path}: {error}.") from None
     if list(table.columns) != COLUMNS or table["id"].tolist() != list(data.ids):
         raise InputError(f"{path} does not speak of these samples: its ids must be those of the data, in their order.")
+    numbers = table[COLUMNS[2:]]
+    whole = all(pd.api.types.is_integer_dtype(kind) for kind in numbers.dtypes)
+    if table.empty or not whole or not ((numbers >= 0) & (numbers < len(data.spec.classes))).all(axis=None):
+        raise InputError(f"{path}: labels and target must be class numbers in 0..{len(data.spec.classes) - 1}.")
+    if table["label"].tolist() != data.y.tolist() or table["target"].nunique() > 1:
+        raise InputError(f"{path} does not speak of this set: its labels differ, or it names several targets.")
     roles = table["role"]
+    if not roles.isin(["clean", "poison", "cover"]).all():
+        raise InputError(f"{path}: a role must be clean, poison or cover.")
     return Truth(
         torch.tensor((roles == "poison").to_numpy()),
         torch.tensor((roles == "cover").to_numpy()),
@@ -47,5 +55,5 @@ def rates(truth: Truth) -> dict[str, float | int]:
         "cover": int(truth.cover.sum()),
         "n": n,
         "rate_of_set": count / n,
-        "rate_of_class": count / of_class,
+        "rate_of_class": count / max(of_class, 1),
     }
