@@ -88,7 +88,7 @@ class E2ABL(Defense):
     refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = (
         "never"
     )
-    predominance: Annotated[Share, Field(description="recover D* only if this share of it is labeled y_b")] = 0.8
+    predominance: Annotated[Share, Field(description="recover D* only if this share of it is labeled y_b")] = 0.5
     remainder: Annotated[
         Literal["trap", "recover", "return", "agree"],
         Field(
