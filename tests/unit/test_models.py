@@ -81,3 +81,10 @@ def test_batch_statistics_do_not_count_padding():
 def test_a_lone_value_a_channel_does_not_stop_training():
     model = create("resnet18-w4", IMAGE).train()
     assert model(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize(("dims", "c_in"), [(1, 4), (2, 4), (2, 16)])
+def test_strided_1x1_convolution(dims, c_in):
+    layer, x = ConvNorm(dims, c_in, 5, 1, stride=2, relu=False).eval(), torch.rand(2, c_in, *[7] * dims)
+    want = (torch.conv1d if dims == 1 else torch.conv2d)(x, layer.conv.weight, stride=2)
+    torch.testing.assert_close(layer((x, None))[0], layer.norm(want))

@@ -17,12 +17,14 @@ class PreActivation(nn.Module):
         self.norm1, self.norm2 = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c_out)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.shortcut = None if stride == 1 and c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        self.pick = stride if c_in < 16 else 1  # see ConvNorm
+        same = stride == 1 and c_in == c_out
+        self.shortcut = None if same else nn.Conv2d(c_in, c_out, 1, stride // self.pick, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c_in, H, W) -> (n, c_out, H / stride, W / stride)."""
         h = torch.relu(self.norm1(x))
-        skip = x if self.shortcut is None else self.shortcut(h)
+        skip = x if self.shortcut is None else self.shortcut(h[..., :: self.pick, :: self.pick])
         h = self.conv2(torch.relu(self.norm2(self.conv1(h))))
         out: Tensor = skip + h
         return out
