@@ -103,7 +103,7 @@ def load_unlabeled(path: Path, size: tuple[int, int], *, skip_unreadable: bool =
 
     Raises InputError for files that are no readable images, unless `skip_unreadable`.
     """
-    files = [Path(entry.path) for entry in _visible(path)] if path.is_dir() else [path]
+    files = list(_walk(path, path.resolve())) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} holds no images.")
     listing = Listing(files, [file.name for file in files], ["?"] * len(files))
