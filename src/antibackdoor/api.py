@@ -19,7 +19,7 @@ from antibackdoor.data.core import Data, Spec, Splits, Truth, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import atomically, write_json
 from antibackdoor.models import create
 from antibackdoor.options import values
@@ -29,6 +29,8 @@ from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def train(
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
     method = make_defense(defense, options)
     if method.needs:
         raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
@@ -188,5 +192,7 @@ def _metrics(
 
 def _known(measures: dict[str, Any]) -> dict[str, Any]:
     """Shares of nothing have no value: null, since NaN is no JSON."""
-    unknown = {name for name, measure in measures.items() if math.isnan(measure["value"])}
-    return {name: {**measure, "value": None} if name in unknown else measure for name, measure in measures.items()}
+    return {
+        name: {**measure, "value": None} if math.isnan(measure["value"]) else measure
+        for name, measure in measures.items()
+    }

@@ -33,28 +33,35 @@ def listing(what: str | None, name: str | None) -> dict[str, list[Row]]:
     row = rows[name]
     if groups[0] in {"attacks", "defenses"}:
         make = REGISTRIES[groups[0]][name].make
-        row = {**row, "options": describe(make), "profiles": getattr(make, "profiles", {}).keys() and [*make.profiles]}
+        row = {**row, "options": describe(make), "profiles": list(getattr(make, "profiles", {}))}
     return {groups[0]: [row]}
 
 
 def print_listing(console: Console, found: dict[str, list[Row]]) -> None:
     """Tables for people."""
     for group, rows in found.items():
-        shown = [column for column in ("name", "kinds", "needs", "description") if any(row.get(column) for row in rows)]
-        table = Table(*shown, title=group, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        shown = [column for column in ("name", "kinds", "needs") if any(row.get(column) for row in rows)]
+        table = Table(title=group, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in shown:
+            table.add_column(column, no_wrap=True)
+        table.add_column("description")
         for row in rows:
-            table.add_row(*(escape(_text(row[column])) for column in shown))
-        console.print(table, end="\n\n")
+            paper = f"\n[dim]{escape(row['paper'])}[/]" if row.get("paper") else ""
+            table.add_row(*(escape(_text(row[column])) for column in shown), escape(row["description"]) + paper)
+        console.print(table)
+        console.print()
         if len(rows) == 1:
             _print_details(console, rows[0])
 
 
 def _print_details(console: Console, row: Row) -> None:
-    for key in ("paper", "source", "terms", "profiles"):
+    for key in ("source", "terms", "profiles"):
         if row.get(key):
             console.print(f"{key}: {escape(_text(row[key]))}", soft_wrap=True)
     if row.get("options"):
-        table = Table("--set", "type", "default", "meaning", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for column in ("--set", "type", "default", "meaning"):
+            table.add_column(column, no_wrap=column == "--set")
         for option in row["options"]:
             table.add_row(*(escape(option[key]) for key in ("name", "type", "default", "help")))
         console.print(table)
