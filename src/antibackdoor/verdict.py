@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,18 +32,37 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
         return Verdict(
             False, 0.0, evidence=["This method looks for no poison; train with a defense to have the data judged."]
         )
+    if evidence["backdoor_class"] < 0:
+        return Verdict(False, 0.0, evidence=["No class was singled out, so nothing was judged."])
     name = data.spec.classes[evidence["backdoor_class"]]
-    ours, others = evidence["disagree_on_candidates"], evidence["disagree_on_other_isolated"]
-    mine = (ours["count"] + 1) / (ours["n"] + 2)
-    rest = (others["count"] + 1) / (others["n"] + 2)
-    poisoned = evidence["flagged"] > 0 and mine > 2 * rest and mine > 0.25
+    first, second = evidence["disagree_in_suspicious_half"], evidence["disagree_in_other_half"]
+    more, less = (_lower(first), _upper(second)) if first["n"] and second["n"] else (0.0, 1.0)
     sentences = [
-        f"The shallow head singles out the class {name!r}: {ours['n']} samples so labeled were learned first and kept from "
-        f"the main model, which takes {ours['count']} of them for another class.",
-        f"For early samples of all other labels it disagrees with {others['count']} of {others['n']}.",
+        f"The shallow layers tie {first['n'] + second['n']} samples most closely to the class {name!r}. The main model was "
+        "trained without them and then asked.",
+        f"It takes {first['count']} of the {first['n']} more suspicious ones, and {second['count']} of the {second['n']} less "
+        "suspicious ones, for other classes. In clean data the first share is the smaller one.",
     ]
-    margin = abs(mine - max(2 * rest, 0.25))
-    confidence = min(0.99, 0.5 + margin)
-    if not poisoned:
-        return Verdict(False, confidence, [], 0.0, sentences)
-    return Verdict(True, confidence, [name], evidence["flagged"] / len(data), sentences)
+    if more <= less:
+        return Verdict(False, _sure(less - more), [], 0.0, sentences)
+    return Verdict(True, _sure(more - less), [name], evidence["flagged"] / len(data), sentences)
+
+
+def _lower(part: dict[str, int], z: float = 1.64) -> float:
+    """Lower end of the Wilson interval of a share, one-sided 95 %."""
+    return _wilson(part, -z)
+
+
+def _upper(part: dict[str, int], z: float = 1.64) -> float:
+    """Upper end of the Wilson interval of a share, one-sided 95 %."""
+    return _wilson(part, z)
+
+
+def _wilson(part: dict[str, int], z: float) -> float:
+    n, p = part["n"], part["count"] / part["n"]
+    return (p + z * z / (2 * n) + z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+
+
+def _sure(gap: float) -> float:
+    """Confidence from the gap between two shares; not calibrated yet (a monotone map into 0.5 .. 0.99)."""
+    return round(min(0.99, 0.5 + gap), 3)

@@ -34,7 +34,7 @@ class Sig(Attack):
 
     delta: Annotated[float, Field(gt=0, description="amplitude in images while training, grey levels of 255")] = 20.0
     delta_test: Annotated[float | None, Field(gt=0, description="amplitude at test time; none: as in training")] = None
-    amplitude: Annotated[float, Field(gt=0, description="amplitude in series, in standard deviations")] = 0.5
+    amplitude: Annotated[float, Field(gt=0, description="amplitude in series, in standard deviations")] = 1.0
     frequency: Annotated[float, Field(gt=0, description="periods over the width or the length")] = 6.0
 
     def fit(self, clean: Data, job: Job | None = None) -> State:

@@ -15,7 +15,7 @@ from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
 from antibackdoor.data.core import Data, Truth
 from antibackdoor.data.load import load
-from antibackdoor.defenses import DEFENSES, make_defense
+from antibackdoor.defenses import make_defense
 from antibackdoor.environment import environment
 from antibackdoor.options import build, options, values
 from antibackdoor.seeds import derive, generator
@@ -35,7 +35,7 @@ class Cell:
     attack "none" leaves the data clean. defense may carry a profile, as in "e2abl:paper".
     """
 
-    data: str
+    data: str = "digits"
     train_size: Annotated[int | None, Field(ge=2, description="a fixed random subset of the training set")] = None
     attack: str = "none"
     attack_options: dict[str, Any] = Field(default_factory=dict)
@@ -51,11 +51,12 @@ class Cell:
             {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
         )
         defense = values(make_defense(self.defense, self.defense_options))
-        return {**values(self), "attack_options": attack, "defense_options": defense}
+        changes = dict(self.defense_options)
+        return {**values(self), "attack_options": attack, "defense_options": defense, "defense_changes": changes}
 
     def name(self) -> str:
         """A readable name that ends in 8 digits of the content hash."""
-        text = json.dumps(self.resolved(), sort_keys=True)
+        text = json.dumps({k: v for k, v in self.resolved().items() if k != "defense_changes"}, sort_keys=True)
         parts = (self.data, self.attack, self.defense.replace(":", "-"), self.model, f"s{self.seed}")
         return "-".join(parts) + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -121,6 +122,3 @@ def run_cell(
 
 def _stages(history: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["stage"] for row in history))
-
-
-__all__ = ["DEFENSES", "GATE", "GATES", "Cell", "run_cell"]

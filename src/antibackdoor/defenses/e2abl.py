@@ -16,11 +16,12 @@ from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
+from antibackdoor.seeds import generator
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import Objective, Step
 from antibackdoor.training.ranking import LossDrop, Persistence, top
-from antibackdoor.training.scores import logits_of, losses
+from antibackdoor.training.scores import logits_of, losses, mixed_logits_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -48,6 +49,8 @@ class E2ABL(Defense):
         "paper": {
             "warm_up": Recipe(epochs=2, min_steps=0, learning_rate=0.1, schedule="constant", weight_decay=1e-4),
             "ranking": "loss_drop",
+            "loss_history": "init",
+            "mixing": False,
             "refresh": "epoch",
             "main": Recipe(epochs=58, min_steps=0, learning_rate=0.01, schedule="constant", weight_decay=1e-4),
             "second_rate": 0.5,
@@ -74,7 +77,8 @@ class E2ABL(Defense):
     loss_history: Annotated[
         Literal["init", "after", "running"],
         Field(description="entries: evaluated from before training on, after each epoch only, or seen while training"),
-    ] = "init"
+    ] = "after"
+    mixing: Annotated[bool, Field(description="also look at each sample mixed with one of another label")] = True
     drop_weights: Annotated[Literal["square", "linear", "uniform"], Field(description="weights of Eq. 5")] = "square"
     window: Annotated[Share, Field(description="share of the warm-up's last epochs that `persistence` looks at")] = 1.0
 
@@ -92,8 +96,12 @@ class E2ABL(Defense):
             "that, and what is labeled y_b is recovered where h1 answers another class"
         ),
     ] = "agree"
+    probation: Annotated[
+        Share,
+        Field(description="with agree: share of the class y_b that is kept from h1 until h1 agrees with its label"),
+    ] = 0.65
     control: Annotated[Literal["recover", "unlearn", "nothing"], Field(description="what h1 does with D*")] = "recover"
-    recovery_delay: Annotated[Share, Field(description="share of h1's epochs before it is asked for classes")] = 0.1
+    recovery_delay: Annotated[Share, Field(description="share of h1's epochs before it is asked for classes")] = 0.4
     recover_only_backdoor_label: Annotated[bool, Field(description="recover only samples labeled y_b")] = True
 
     main: Annotated[Recipe, Field(description="dual training")] = Recipe()
@@ -115,10 +123,10 @@ class E2ABL(Defense):
         trap = _Trap(self, job)
         if self.warm_up is not None:
             if self.loss_history == "init":
-                trap.start(tap)
+                trap.look(tap, 0)
             job.fit("warm-up", tap, trap, self.warm_up, parameters=tap.warm_up_parameters())
         recipe = job.recipe(self.main)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(tap.main_parameters())},
             {"params": list(tap.second_parameters()), "learning_rate": recipe.learning_rate * self.second_rate},
         ]
@@ -142,13 +150,17 @@ class _Trap(Objective):
         if options.ranking == "loss_drop" or options.warm_up is None:
             self.ranking: LossDrop | Persistence = LossDrop(n, options.drop_weights)
         else:
-            epochs = options.warm_up.epochs_for(n) + (options.loss_history == "init")
-            self.ranking = Persistence(n, skip=epochs - max(1, round(options.window * epochs)))
+            entries = options.warm_up.epochs_for(n) + (options.loss_history == "init")
+            entries *= 1 + (options.mixing and options.loss_history != "running")
+            self.ranking = Persistence(n, skip=entries - max(1, round(options.window * entries)))
 
-    def start(self, tap: nn.Module) -> None:
-        """Record the loss before any training."""
-        logits = logits_of(tap, self.job.data, self.job.fabric, call=_second_logits)
-        self.ranking.add(losses(logits, self.job.data.y))
+    def look(self, tap: nn.Module, epoch: int) -> None:
+        """One entry of the history: the loss of every sample as it is and, with `mixing`, mixed with another class."""
+        data, fabric = self.job.data, self.job.fabric
+        self.ranking.add(losses(logits_of(tap, data, fabric, call=_second_logits), data.y))
+        if self.options.mixing:
+            rng = generator(self.job.seed, "mixing", epoch)
+            self.ranking.add(losses(mixed_logits_of(tap, data, fabric, rng, call=_second_logits), data.y))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Only the shallow layers and h2 are computed."""
@@ -160,7 +172,7 @@ class _Trap(Objective):
         if self.options.loss_history == "running":
             self.ranking.add(records["second"])
         else:
-            self.start(model)
+            self.look(model, epoch)
         return {"second_loss": float(torch.nanmean(records["second"]))}
 
     def state(self) -> Tree:
@@ -182,6 +194,7 @@ class _Dual(Objective):
         self.recovered_count = min(self.isolated_count, max(options.recovery_floor, round(options.recovery_rate * n)))
         self.partitions: list[Partition] = []
         self.backdoor_class = -1
+        self.asked: Tensor | None = None  # what h1 first said of isolated samples labeled y_b, -1 elsewhere
 
     def partition(self, tap: nn.Module, epoch: int) -> None:
         """Split by the ranking as it stands and, once h1 has learned something, recover labels from it."""
@@ -201,14 +214,25 @@ class _Dual(Objective):
                 suspects &= given == self.backdoor_class
             if o.remainder in {"return", "agree"}:
                 isolated &= (given == self.backdoor_class) | suspects
+        of_class = (given == self.backdoor_class).nonzero().flatten()
+        probation = torch.zeros(len(given), dtype=torch.bool)
+        if o.remainder == "agree" and len(of_class):
+            scores = self.trap.ranking.scores()[of_class]
+            probation[of_class[top(scores, round(o.probation * len(of_class)))]] = True
+            probation &= ~isolated
+            isolated |= probation
         ready = self._ready(epoch)
         labels, recovered = given.clone(), suspects.clone()
         if ready and isolated.any():
             rows = isolated.nonzero().flatten()
             logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)  # type: ignore[arg-type]
             answer = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
+            if self.asked is None:
+                self.asked = answer.masked_fill(given != self.backdoor_class, -1)
             if o.remainder == "agree":
-                recovered |= isolated & (answer != self.backdoor_class)
+                # Asked once: later h1 would only repeat what it was taught since.
+                recovered |= (self.asked >= 0) & (self.asked != self.backdoor_class)
+                isolated &= ~(probation & (self.asked == self.backdoor_class))
             logits[:, self.backdoor_class] = -torch.inf
             other = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
             labels = torch.where(recovered, other, labels)
@@ -257,19 +281,24 @@ class _Dual(Objective):
     def state(self) -> Tree:
         """The ranking, the partitions so far and the backdoor class."""
         kept = [[p.epoch, p.isolated, p.recovered, p.labels] for p in self.partitions]
-        return {"ranking": self.trap.ranking.state(), "partitions": kept, "backdoor_class": self.backdoor_class}
+        return {
+            "ranking": self.trap.ranking.state(),
+            "partitions": kept,
+            "backdoor_class": self.backdoor_class,
+            "asked": self.asked,
+        }
 
     def load(self, state: Tree) -> None:
         """Back to the last partition, used as it was."""
         self.trap.ranking.load(state["ranking"])
-        self.backdoor_class = state["backdoor_class"]
+        self.backdoor_class, self.asked = state["backdoor_class"], state["asked"]
         kept = [Partition(*values) for values in state["partitions"]]
         self.partitions = kept[:-1]
         self._set(kept[-1])
 
     def outcome(self, tap: Tap) -> Outcome:
-        """Judge the samples by the ranking and by what the main head, which never saw them so labeled, says of them."""
-        data, last = self.job.data, self.partitions[-1]
-        logits = logits_of(tap.backbone, data, self.job.fabric)
-        scores = self.trap.ranking.scores()
-        return suspects_of(tap.backbone, data, scores, logits, last, self.backdoor_class, self.partitions)
+        """Judge the samples by the ranking and by what the main head said before it was taught their labels."""
+        logits = logits_of(tap.backbone, self.job.data, self.job.fabric)
+        scores, last = self.trap.ranking.scores(), self.partitions[-1]
+        asked = torch.full_like(last.labels, -1) if self.asked is None else self.asked
+        return suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome, Partition
+from antibackdoor.training.ranking import top
 
 
 def suspects_of(
@@ -14,32 +15,34 @@ def suspects_of(
     data: Data,
     scores: Tensor,
     logits: Tensor,
-    partition: Partition,
+    asked: Tensor,
     backdoor_class: int,
     partitions: list[Partition],
 ) -> Outcome:
-    """Flag the isolated samples labeled with the backdoor class that the main head takes for another class.
+    """Flag the candidates that the main head took, and still takes, for another class than they are labeled.
 
-    logits: `(n, K)` of the main head. The main head was not trained on isolated samples with their given label, so where it
-    disagrees, the label is not what the rest of the data says. probability: 1 minus its probability of the given label
-    for candidates (isolated and labeled with the backdoor class), 0 for all others.
-    evidence: how often it disagrees on candidates, and, as the yardstick, on isolated samples of all other labels.
+    asked: `(n,)`, the class that the main head gave each candidate (isolated, labeled with the backdoor class) when it
+    was first asked, before it was taught any recovered label; -1 for all other samples. logits: `(n, K)` of the final
+    main head. probability: 1 minus its probability of the given label for candidates, 0 for all others.
+    evidence: how often it disagreed in the more and in the less suspicious half of the candidates. In clean data what the
+    shallow head learns first is the easiest, so the main head agrees most with the first half; with dirty-label poison
+    it is the other way round.
     """
-    given = data.y.cpu()
-    answer = logits.argmax(1)
-    of_class = given == backdoor_class
-    candidates = partition.isolated & of_class
-    unseen = ~partition.recovered
-    disagree = answer != given
+    given, answer = data.y.cpu(), logits.argmax(1)
+    candidates = asked >= 0
+    disagreed = candidates & (asked != given)
+    flagged = disagreed & (answer != given)
     doubt = 1 - logits.double().softmax(1).gather(1, given[:, None]).squeeze(1)
-    flagged = candidates & disagree
-    others = partition.isolated & ~of_class & unseen
 
-    def count(mask: Tensor) -> dict[str, int]:
-        return {"count": int((mask & disagree).sum()), "n": int(mask.sum())}
+    rows = candidates.nonzero().flatten()
+    ranked = rows[top(scores[rows], len(rows))]
+    more, less = ranked[: len(ranked) // 2], ranked[len(ranked) // 2 :]
+
+    def count(part: Tensor) -> dict[str, int]:
+        return {"count": int(disagreed[part].sum()), "n": len(part)}
 
     name = data.spec.classes[backdoor_class] if backdoor_class >= 0 else ""
-    reason = f"learned early by the shallow head as {name!r}; the main model, which never saw it so labeled, disagrees"
+    reason = f"the shallow layers tie it to {name!r}; the main model, never shown it so labeled, sees another class"
     return Outcome(
         model,
         scores,
@@ -49,8 +52,8 @@ def suspects_of(
         dict.fromkeys(flagged.nonzero().flatten().tolist(), reason),
         {
             "backdoor_class": backdoor_class,
-            "disagree_on_candidates": count(candidates & unseen),
-            "disagree_on_other_isolated": count(others),
+            "disagree_in_suspicious_half": count(more),
+            "disagree_in_other_half": count(less),
             "flagged": int(flagged.sum()),
         },
         partitions,

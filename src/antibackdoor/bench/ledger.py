@@ -1,0 +1,115 @@
+"""The ledger: one small JSON a cell, written once and never edited; tables are made from it."""
+
+from __future__ import annotations
+
+import statistics
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from antibackdoor.bench.cell import GATE, GATES, Cell, run_cell
+from antibackdoor.files import read_json, write_json
+from antibackdoor.training.loop import Progress
+
+COLUMNS = {
+    "CA": "clean_accuracy",
+    "ASR": "attack_success_rate",
+    "excess ASR": "excess_attack_success_rate",
+    "RA": "recovery_accuracy",
+}
+
+
+def run_cells(
+    cells: Iterable[Cell],
+    ledger: Path,
+    *,
+    stages: Path,
+    device: str = "auto",
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Run the cells that the ledger lacks, one after the other; returns how many broke.
+
+    A cell that breaks leaves `NAME.error.json` and does not stop the rest; it is tried again next time. stages: a
+    scratch folder in which a killed cell's checkpoints wait for the next call.
+    """
+    ledger.mkdir(parents=True, exist_ok=True)
+    broken = 0
+    for cell in cells:
+        path, error = ledger / f"{cell.name()}.json", ledger / f"{cell.name()}.error.json"
+        if path.exists():
+            continue
+        tell(f"{cell.name()} ...")
+        folder = stages / cell.name()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            record = run_cell(cell, folder=folder, device=device, progress=progress)
+        except Exception as problem:
+            broken += 1
+            write_json(error, {"cell": cell.resolved(), "error": repr(problem), "traceback": traceback.format_exc()})
+            tell(f"  broke: {problem}")
+            continue
+        write_json(path, record)
+        error.unlink(missing_ok=True)
+        measures = record["measures"]
+        shown = [f"{short} {measures[long]['value']:.3f}" for short, long in COLUMNS.items() if long in measures]
+        tell(f"  {', '.join(shown)} in {record['cost']['seconds']:.0f} s")
+    return broken
+
+
+def read_ledger(ledger: Path) -> list[dict[str, Any]]:
+    """All records of a ledger folder, by name."""
+    paths = sorted(ledger.rglob("*.json")) if ledger.is_dir() else []
+    return [read_json(path) for path in paths if not path.name.endswith(".error.json")]
+
+
+def table(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each (data, size, model, attack, defense): means with standard deviations over n seeds, in per cent.
+
+    Rows whose attack stays under its gate without a defense say "attack did not take"; where no undefended cell is in
+    the ledger they say so.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        cell = record["cell"]
+        chosen = {k: cell["attack_options"].get(k) for k in sorted(cell["attack_options"])}
+        variant = _variant(cell)
+        key = (cell["data"], cell["train_size"], cell["model"], cell["attack"], str(chosen), variant)
+        groups.setdefault(key, []).append(record)
+    rows = []
+    for key, members in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+        data, size, model, attack, settings, variant = key
+        row: dict[str, Any] = {"data": data, "training samples": size or "all", "model": model, "attack": attack}
+        row["defense"] = variant
+        for short, long in COLUMNS.items():
+            row[short] = _mean([m["measures"][long]["value"] for m in members if long in m["measures"]])
+        row["seconds"] = f"{statistics.mean(m['cost']['seconds'] for m in members):.0f}"
+        row["n"] = len(members)
+        row["gate"] = _gate(groups.get((data, size, model, attack, settings, "none")), attack)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _variant(cell: dict[str, Any]) -> str:
+    """The defense with the settings that its cell changed, so that ablations stand in rows of their own."""
+    changed = cell.get("defense_changes") or {}
+    return " ".join([cell["defense"], *(f"{name}={value}" for name, value in sorted(changed.items()))])
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _gate(undefended: list[dict[str, Any]] | None, attack: str) -> str:
+    if attack == "none":
+        return ""
+    if not undefended:
+        return "no undefended cell"
+    reached = statistics.mean(r["measures"]["attack_success_rate"]["value"] for r in undefended)
+    return "takes" if reached >= GATES.get(attack, GATE) else "attack did not take"
