@@ -89,7 +89,10 @@ def run_demo(
             build_report(_folder(out, scene, defense))
         console.print(_table(rows))
         reports.append(_folder(out, scene, "auto") / "report.html")
-        console.print(f"{_conclusion(rows)}\nReport: {escape(str(reports[-1]))}\n", soft_wrap=True)
+        console.print(
+            f"{_conclusion(rows)} {_judged(results['defended'], target)}\nReport: {escape(str(reports[-1]))}\n",
+            soft_wrap=True,
+        )
     return reports
 
 
@@ -113,6 +116,16 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         name = next(cell.name for cell in shown if cell)
         table.add_row(name, *(f"{cell.value} [dim]{cell.counts}[/]" if cell else "" for cell in shown))
     return table
+
+
+def _judged(result: Result, target: str) -> str:
+    """Whether the verdict was right."""
+    verdict = result.verdict
+    if not verdict.poisoned:
+        return "The verdict is WRONG here: it says that nothing was found."
+    named = ", ".join(verdict.target_classes)
+    right = "rightly" if verdict.target_classes == [target] else "WRONGLY"
+    return f"The verdict says that the data is poisoned and {right} names the class {escape(named)!r}."
 
 
 def _conclusion(rows: list[dict[str, Any]]) -> str:
