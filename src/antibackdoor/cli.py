@@ -349,6 +349,9 @@ def _fail(sentence: str, status: int) -> NoReturn:
 
 def main() -> None:
     """Entry point of the `antibackdoor` command."""
+    # Threads that spin while they wait make a training many times slower where cores are shared with other programs.
+    # Read when torch is loaded, so it must be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except Exception as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -53,10 +54,15 @@ def run_demo(
 ) -> list[Path]:
     """Run the scenes and print what came out; returns the reports of the defended runs.
 
-    settings: options of the defense. Raises InputError where `out` is in use.
+    epochs: exactly so many for the main training, in place of the defaults. settings: options of the defense.
+    Raises InputError where `out` is in use.
     """
     check_free(out)
+    settings = {**({"main.min_steps": 0} if epochs else {}), **(settings or {})}
+    undefended = {"recipe.min_steps": 0} if epochs else {}
     make_defense("auto", settings)  # a wrong setting is told before anything is trained
+    # These networks are too small to share among threads, which on a busy machine wait for each other most of the time.
+    torch.set_num_threads(1)
     reports = []
     for kind in kinds:
         scene = SCENES[kind]
@@ -75,7 +81,7 @@ def run_demo(
                 results[name] = train(
                     poisoned.splits,
                     defense=defense,
-                    options=settings if defense == "auto" else None,
+                    options=settings if defense == "auto" else undefended,
                     model=scene.model,
                     epochs=epochs,
                     seed=seed,
