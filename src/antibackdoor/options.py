@@ -30,8 +30,8 @@ def build(cls: type[T], settings: Mapping[str, Any], what: str, *, base: Mapping
     """An instance of the options class `cls` from names and values; text is converted to the field's type.
 
     A dotted name sets one field of a nested options class and leaves its others: `{"main.epochs": 30}`.
-    base: settings that `settings` override. Raises InputError for a name that is no field (with the nearest one) and for
-    a value out of its type or range.
+    base: settings that `settings` override. Raises InputError for a name that is no field (with the nearest one) and
+    for a value out of its type or range.
     """
     chosen = {field.name: getattr(cls(**(base or {})), field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, value in settings.items():

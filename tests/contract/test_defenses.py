@@ -69,7 +69,7 @@ def test_outcome_has_one_value_for_every_sample(case: Case) -> None:
     assert out.scores.shape == out.probability.shape == out.flagged.shape == out.suggested.shape == (n,)
     assert out.scores.dtype == torch.float64 and out.flagged.dtype == torch.bool and out.suggested.dtype == torch.int64
     assert out.scores.isfinite().all()
-    assert 0 <= out.probability.min() and out.probability.max() <= 1
+    assert out.probability.min() >= 0 and out.probability.max() <= 1
     assert (out.suggested[~out.flagged] == -1).all()
     assert ((out.suggested != case.data.y) & (out.suggested >= 0))[out.flagged].all()
     assert set(out.reasons) == set(out.flagged.nonzero().flatten().tolist())
@@ -157,7 +157,12 @@ def test_e2abl_beats_no_defense(kind: str) -> None:
     plain, _ = train(data, "none", {"recipe.epochs": 8, "recipe.min_steps": 0})
     options = {"warm_up.epochs": 6, "warm_up.min_steps": 0, "main.epochs": 12, "main.min_steps": 0}
     defended, _ = train(data, "e2abl", options)
-    print(kind, measures(plain)["attack_success_rate"], measures(defended)["attack_success_rate"], measures(defended)["clean_accuracy"])
+    print(
+        kind,
+        measures(plain)["attack_success_rate"],
+        measures(defended)["attack_success_rate"],
+        measures(defended)["clean_accuracy"],
+    )
     assert measures(plain)["attack_success_rate"]["value"] > 0.9
     assert measures(defended)["attack_success_rate"]["value"] < 0.45
     assert measures(defended)["clean_accuracy"]["value"] > 0.9
@@ -168,7 +173,13 @@ def alternatives() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for field in dataclasses.fields(E2ABL):  # type: ignore[arg-type]
         default, kind = getattr(E2ABL(), field.name), E2ABL.__pydantic_fields__[field.name].annotation  # type: ignore[attr-defined]
-        values = [not default] if kind is bool else typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else []
+        values = (
+            [not default]
+            if kind is bool
+            else typing.get_args(kind)
+            if typing.get_origin(kind) is typing.Literal
+            else []
+        )
         found += [{field.name: value} for value in values if value != default]
     ends = [{rate: end} for rate in ("window", "isolation_rate", "predominance", "recovery_delay") for end in (0, 1)]
     return [

@@ -47,7 +47,7 @@ UNSAFE_KEYWORDS = {("allow_pickle", True), ("shell", True), ("weights_only", Fal
 
 
 def room_of(file: str) -> str:
-    return file.split("/")[0].removesuffix(".py")
+    return file.split("/", maxsplit=1)[0].removesuffix(".py")
 
 
 def imports(source: str) -> Iterator[str]:

@@ -14,13 +14,13 @@ from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import logits_of
 
-Measure = dict[str, float | int]
+Measure = dict[str, Any]
 
 
 def share(hits: Tensor) -> Measure:
-    """A share with its counts; None where there is nothing to count, never 0/0."""
+    """A share with its counts; its value is None where there is nothing to count, never 0/0."""
     n, count = len(hits), int(hits.sum())
-    return {"value": count / n, "count": count, "n": n} if n else {"value": float("nan"), "count": 0, "n": 0}
+    return {"value": count / n, "count": count, "n": n} if n else {"value": None, "count": 0, "n": 0}
 
 
 def accuracy(predicted: Tensor, test: Data) -> dict[str, Any]:
