@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from antibackdoor.data.core import Data, Spec, Splits, Truth, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import atomically, write_json
 from antibackdoor.models import create
 from antibackdoor.options import values
@@ -28,6 +28,8 @@ from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,13 @@ def train(
     """
     splits = load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
     check_trainable(splits.train)
+    if epochs is not None and epochs < 1:
+        raise InputError(f"epochs must be at least 1, got {epochs}.")
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
     method = make_defense(defense, options)
+    if method.needs:
+        raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
     if isinstance(model, str):
         create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
     fabric = make_fabric(device, precision)
@@ -123,11 +131,7 @@ def train(
             "seed": seed,
         }
         open_folder(folder, config, resume=resume)
-    started = time.perf_counter()
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
-    missing = method.needs - job.extras.keys()
-    if missing:
-        raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(missing))}.")
     outcome = method.run(job)
     job.write_history()
     result = Result(
@@ -135,7 +139,7 @@ def train(
         spec=splits.train.spec,
         suspects=suspects_table(splits.train, outcome),
         verdict=decide(splits.train, outcome),
-        metrics=_metrics(splits, outcome, job, experiment, fabric, time.perf_counter() - started),
+        metrics=_metrics(splits, outcome, job, experiment, fabric),
         history=job.history,
         architecture=model if isinstance(model, str) else None,
         data=splits.train,
@@ -165,19 +169,28 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
 
 
 def _metrics(
-    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric, seconds: float
+    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric
 ) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
         target = experiment.truth.target
         measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, fabric)
-        measured["detection"] = detection_measures(outcome, experiment.truth)
+        if outcome.flagged.any() or outcome.scores.any():
+            measured["detection"] = _known(detection_measures(outcome, experiment.truth))
     elif splits.test is not None:
         measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
     steps = {row["stage"]: row["steps"] for row in job.history}
     measured["cost"] = {
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(row["seconds"] for row in job.history), 1),
         "steps": sum(steps.values()),
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
     }
     return measured
+
+
+def _known(measures: dict[str, Any]) -> dict[str, Any]:
+    """Shares of nothing have no value: null, since NaN is no JSON."""
+    return {
+        name: {**measure, "value": None} if math.isnan(measure["value"]) else measure
+        for name, measure in measures.items()
+    }

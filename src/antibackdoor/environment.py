@@ -38,10 +38,10 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, check=False, capture_output=True, text=True, timeout=5
         )
         changed = subprocess.run(
-            ["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True, timeout=5
+            ["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here, check=False, capture_output=True, timeout=5
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

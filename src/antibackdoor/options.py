@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast, dataclass_transform
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -29,8 +30,8 @@ def build(cls: type[T], settings: Mapping[str, Any], what: str, *, base: Mapping
     """An instance of the options class `cls` from names and values; text is converted to the field's type.
 
     A dotted name sets one field of a nested options class and leaves its others: `{"main.epochs": 30}`.
-    base: settings that `settings` override. Raises InputError for a name that is no field (with the nearest one) and for
-    a value out of its type or range.
+    base: settings that `settings` override. Raises InputError for a name that is no field (with the nearest one) and
+    for a value out of its type or range.
     """
     chosen = {field.name: getattr(cls(**(base or {})), field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, value in settings.items():
@@ -73,15 +74,42 @@ def values(instance: Any) -> dict[str, Any]:
     return plain
 
 
-def describe(cls: type[Any]) -> list[dict[str, str]]:
-    """One row a field: name, type, default, help; for `list NAME` and the docs."""
+def describe(cls: type[Any], base: Any = None) -> list[dict[str, str]]:
+    """One row a field: name, type, default, help; for `list NAME` and the docs. Fields of nested options have dots.
+
+    base: an instance whose values are shown as the defaults.
+    """
+    base = cls() if base is None else base
     rows = []
-    for field in dataclasses.fields(cls):
-        info = next((m for m in getattr(field.type, "__metadata__", ()) if isinstance(m, FieldInfo)), None)
-        annotation = getattr(field.type, "__origin__", field.type)
-        default = field.default.default if isinstance(field.default, FieldInfo) else field.default
-        kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-        rows.append(
-            {"name": field.name, "type": kind, "default": str(default), "help": (info and info.description) or ""}
-        )
+    for name, info in cls.__pydantic_fields__.items():  # pydantic has resolved the annotations, dataclasses has not
+        default = getattr(base, name)
+        text = str(default) if isinstance(default, str) else json.dumps(TypeAdapter(Any).dump_python(default))
+        row = {"name": name, "type": _type_text(info), "default": text, "help": info.description or ""}
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            rows.append({**row, "type": "options", "default": ""})
+            rows += [{**inner, "name": f"{name}.{inner['name']}"} for inner in describe(type(default), default)]
+        else:
+            rows.append(row)
     return rows
+
+
+def _type_text(info: FieldInfo) -> str:
+    """A type as a user reads it: choices of a Literal, "null" for None, limits of a number."""
+    limits = [
+        f" {sign} {getattr(limit, key):g}"
+        for limit in info.metadata
+        for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if hasattr(limit, key)
+    ]
+    return _name(info.annotation) + ",".join(limits)
+
+
+def _name(annotation: Any) -> str:
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, parts))
+    if get_origin(annotation) in {Union, UnionType}:
+        return " | ".join(_name(part) for part in parts)
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) and not parts else str(annotation).replace("typing.", "")

@@ -51,7 +51,9 @@ def open_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> bool:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out.") from None
     if taken and not resume:
         raise InputError(f"{folder} exists and is not empty; choose another folder, or --resume to go on with its run.")
-    if taken and settings.exists():
+    if taken:
+        if not settings.exists():
+            raise InputError(f"{folder} is not empty and holds no run to go on with (no config.json in it).")
         if read_json(settings) != json.loads(json.dumps(config)):
             raise InputError(
                 f"{folder} holds a run with other data or settings; resume it with its own, or choose another."

@@ -38,10 +38,10 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
     first, second = evidence["disagree_in_suspicious_half"], evidence["disagree_in_other_half"]
     more, less = (_lower(first), _upper(second)) if first["n"] and second["n"] else (0.0, 1.0)
     sentences = [
-        f"The shallow layers tie {first['n'] + second['n']} samples most closely to the class {name!r}. The main model was "
-        "trained without them and then asked.",
-        f"It takes {first['count']} of the {first['n']} more suspicious ones, and {second['count']} of the {second['n']} less "
-        "suspicious ones, for other classes. In clean data the first share is the smaller one.",
+        f"The shallow layers tie {first['n'] + second['n']} samples most closely to the class {name!r}. The main model "
+        "was trained without them and then asked.",
+        f"It takes {first['count']} of the {first['n']} more suspicious ones, and {second['count']} of the "
+        f"{second['n']} less suspicious ones, for other classes. In clean data the first share is the smaller one.",
     ]
     if more <= less:
         return Verdict(False, _sure(less - more), [], 0.0, sentences)

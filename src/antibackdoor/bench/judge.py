@@ -14,13 +14,21 @@ from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import logits_of
 
+<<<<<<< HEAD
 Measure = dict[str, float | int | None]
+=======
+Measure = dict[str, Any]
+>>>>>>> main
 
 
 def share(hits: Tensor) -> Measure:
-    """A share with its counts; None where there is nothing to count, never 0/0."""
+    """A share with its counts; its value is None where there is nothing to count, never 0/0."""
     n, count = len(hits), int(hits.sum())
+<<<<<<< HEAD
     return {"value": count / n if n else None, "count": count, "n": n}
+=======
+    return {"value": count / n, "count": count, "n": n} if n else {"value": None, "count": 0, "n": 0}
+>>>>>>> main
 
 
 def accuracy(predicted: Tensor, test: Data) -> dict[str, Any]:

@@ -47,12 +47,12 @@ def run_cells(
         folder.mkdir(parents=True, exist_ok=True)
         try:
             record = run_cell(cell, folder=folder, device=device, progress=progress)
+            write_json(path, record)
         except Exception as problem:
             broken += 1
             write_json(error, {"cell": cell.resolved(), "error": repr(problem), "traceback": traceback.format_exc()})
             tell(f"  broke: {problem}")
             continue
-        write_json(path, record)
         error.unlink(missing_ok=True)
         measures = record["measures"]
         shown = [f"{short} {measures[long]['value']:.3f}" for short, long in COLUMNS.items() if long in measures]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,21 +49,37 @@ def load_npz(path: Path, *, test: Path | None = None, missing: Missing = "refuse
     return Splits(first, second)
 
 
+def load_samples_npz(path: Path, missing: Missing = "refuse") -> tuple[Data, bool]:
+    """The samples of an `.npz` (its test part if it has one, else its only part), and whether they have labels."""
+    part = _Part(path, ("test", "", "train"), missing, memory_map=False, labeled=False)
+    return part.read(None), part.labeled
+
+
 def write_npz(path: Path, splits: Splits) -> None:
     """Write such a file atomically, ids and value range kept: reading it again gives the same fingerprints."""
-    spec = splits.train.spec
-    members: dict[str, Array] = {"classes": np.asarray(spec.classes, dtype=np.str_)}
-    if spec.kind == "series":
-        members["value_range"] = np.array([spec.low, spec.high])
-    for name, data in (("train", splits.train), ("test", splits.test)):
+    _write(path, {"train": splits.train, "test": splits.test})
+
+
+def write_part(path: Path, data: Data) -> None:
+    """Write one set atomically, as x, y, ids and so on."""
+    _write(path, {"": data})
+
+
+def _write(path: Path, parts: Mapping[str, Data | None]) -> None:
+    members: dict[str, Array] = {}
+    for suffix, data in parts.items():
         if data is None:
             continue
+        spec, key = data.spec, partial(_Part._key, suffix=suffix)
+        members["classes"] = np.asarray(spec.classes, dtype=np.str_)
+        if spec.kind == "series":
+            members["value_range"] = np.array([spec.low, spec.high])
         x = torch.cat([data.x[rows].cpu() for rows in data.chunks()]).numpy() if len(data) else np.empty(data.x.shape)
-        members[f"x_{name}"] = np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if spec.kind == "image" else x
-        members[f"y_{name}"] = data.y.cpu().numpy()
-        members[f"ids_{name}"] = np.asarray(data.ids, dtype=np.str_)
+        members[key("x")] = np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if spec.kind == "image" else x
+        members[key("y")] = data.y.cpu().numpy()
+        members[key("ids")] = np.asarray(data.ids, dtype=np.str_)
         if data.lengths is not None:
-            members[f"lengths_{name}"] = data.lengths.cpu().numpy()
+            members[key("lengths")] = data.lengths.cpu().numpy()
 
     def write(part: Path) -> None:
         with part.open("wb") as file:  # given a path, savez would append .npz to it
@@ -72,21 +89,25 @@ def write_npz(path: Path, splits: Splits) -> None:
 
 
 class _Part:
-    """One split of one file."""
+    """One split of one file; without labels, where there need be none, all are 0."""
 
-    def __init__(self, path: Path, suffixes: Sequence[str], missing: Missing, memory_map: bool):
+    def __init__(
+        self, path: Path, suffixes: Sequence[str], missing: Missing, memory_map: bool, *, labeled: bool = True
+    ):
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is not an .npz file (a zip of arrays, as numpy.savez writes it).")
         self.path, self.missing, self.memory_map = path, missing, memory_map
         with _reading(path), zipfile.ZipFile(path) as archive:
             self.names = {name.removesuffix(".npy") for name in archive.namelist()}
-        found = [suffix for suffix in suffixes if self.has(self._key("x", suffix)) and self.has(self._key("y", suffix))]
+        needed = ("x", "y") if labeled else ("x",)
+        found = [suffix for suffix in suffixes if all(self.has(self._key(name, suffix)) for name in needed)]
         if not found:
+            wanted = "x_train and y_train, or x and y" if labeled else "x, x_test or x_train"
             raise InputError(
-                f"{path} needs the arrays x_train and y_train, or x and y; "
-                f"it holds {', '.join(sorted(self.names)) or 'nothing'}."
+                f"{path} needs the arrays {wanted}; it holds {', '.join(sorted(self.names)) or 'nothing'}."
             )
         self.suffix = found[0]
+        self.labeled = self.has(self.key("y"))
 
     @staticmethod
     def _key(name: str, suffix: str) -> str:
@@ -133,6 +154,8 @@ class _Part:
         return Data(x, labels, spec, ids, None if lengths is None else torch.from_numpy(lengths))
 
     def _labels(self) -> npt.NDArray[np.int64]:
+        if not self.labeled:
+            return np.zeros(len(self._raw()), dtype=np.int64)
         y = self.load(self.key("y"))
         if y.dtype.kind not in "iu" or y.ndim != 1:
             raise InputError(

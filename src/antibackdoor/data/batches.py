@@ -14,7 +14,7 @@ from antibackdoor.data.core import Data
 
 @dataclass(frozen=True)
 class Batch:
-    """x: float `(b, C, H, W)` in [0, 1] or `(b, C, T)`; y: labels as given; rows: row numbers in the set; on one device."""
+    """x: float `(b, C, H, W)` in [0, 1] or `(b, C, T)`; y: labels as given; rows: row numbers; all on one device."""
 
     x: Tensor
     y: Tensor

@@ -49,12 +49,17 @@ class Listing:
 
 
 def load_folder(
-    root: Path, *, test: Path | None = None, image_size: int | None = None, skip_unreadable: bool = False
+    root: Path,
+    *,
+    test: Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    skip_unreadable: bool = False,
 ) -> Splits:
     """A folder of class folders, or one that holds `train` and `test` (or `val`, `valid`) folders of them.
 
     Classes are the folder names in plain text order; ids are paths relative to the folder. All images become RGB of one
-    size: `image_size` squared or, if None, the training set's most common size with each side capped at 64 pixels.
+    size: `image_size` squared (or a width and a height) or, if None, the training set's most common size with each side
+    capped at 64 pixels.
     Raises InputError for files that are no readable images (all counted, the first five named) unless
     `skip_unreadable`, and for links that lead out of the folder.
     """
@@ -70,7 +75,11 @@ def load_folder(
 
 
 def load_manifest(
-    path: Path, *, test: Path | None = None, image_size: int | None = None, skip_unreadable: bool = False
+    path: Path,
+    *,
+    test: Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    skip_unreadable: bool = False,
 ) -> Splits:
     """A CSV file with the columns path, label and, optionally, split (train, test, val or valid).
 
@@ -82,6 +91,24 @@ def load_manifest(
         first, second = _list_manifest(test)
         held = second if second.paths else first
     return _read_splits(train, held if held.paths else None, path, image_size, skip_unreadable)
+
+
+def has_class_folders(path: Path) -> bool:
+    """Whether a folder's images lie in folders of their own, and not side by side."""
+    return any(entry.is_dir() for entry in _visible(path))
+
+
+def load_unlabeled(path: Path, size: tuple[int, int], *, skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
+    """Images without labels, from one folder or one file: `(n, 3, H, W)` uint8 of `size` (width, height), and ids.
+
+    Raises InputError for files that are no readable images, unless `skip_unreadable`.
+    """
+    files = list(_walk(path, path.resolve())) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} holds no images.")
+    listing = Listing(files, [file.name for file in files], ["?"] * len(files))
+    data = _read_all([listing], path, size, skip_unreadable)[0]
+    return data.x[torch.arange(len(data))], list(data.ids)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -163,14 +190,21 @@ def _containment(folder: Path) -> Callable[[Path], bool]:
     return contained
 
 
-def _read_splits(train: Listing, test: Listing | None, where: Path, image_size: int | None, skip: bool) -> Splits:
+def _read_splits(
+    train: Listing, test: Listing | None, where: Path, image_size: int | tuple[int, int] | None, skip: bool
+) -> Splits:
     if not train.paths:
         raise InputError(f"{where} lists no training images.")
-    if image_size is not None and image_size < 1:
+    if isinstance(image_size, int) and image_size < 1:
         raise InputError(f"image_size={image_size} is not a number of pixels; give 1 or more.")
-    size = (image_size, image_size) if image_size else _common_size(train.paths)
-    # Both splits are decoded before anything is refused, so that one sentence can count all that is wrong.
     listings = [train] if test is None or not test.paths else [train, test]
+    if isinstance(image_size, int):
+        image_size = (image_size, image_size)
+    return Splits(*_read_all(listings, where, image_size or _common_size(train.paths), skip))
+
+
+def _read_all(listings: Sequence[Listing], where: Path, size: tuple[int, int], skip: bool) -> list[Data]:
+    # All splits are decoded before anything is refused, so that one sentence can count all that is wrong.
     read = [_decode_all(listing, size) for listing in listings]
     failures = [failure for _, bad in read for failure in bad.values()]
     if failures:
@@ -189,7 +223,7 @@ def _read_splits(train: Listing, test: Listing | None, where: Path, image_size: 
         y, classes = number(names, ids, data[0].spec.classes if data else None)
         spec = Spec("image", (3, size[1], size[0]), tuple(classes))
         data.append(Data(x[torch.tensor(keep)] if bad else x, y, spec, ids))
-    return Splits(*data)
+    return data
 
 
 def _common_size(paths: Sequence[Path]) -> tuple[int, int]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from antibackdoor.data.arrays import load_npz
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from antibackdoor.data.arrays import load_npz, load_samples_npz
 from antibackdoor.data.catalog import CATALOG, load_named
-from antibackdoor.data.core import Splits
-from antibackdoor.data.images import load_folder, load_manifest
+from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.data.images import EXTENSIONS as IMAGES
+from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
 from antibackdoor.errors import InputError, unknown
@@ -17,7 +24,7 @@ def load(
     source: str | Path,
     *,
     test: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     missing: Missing = "refuse",
     skip_unreadable: bool = False,
     memory_map: bool = False,
@@ -26,14 +33,15 @@ def load(
     """Read a data set: a path goes before a name of the catalog.
 
     source: a folder of class folders (or with `train` and `test` folders of them), a CSV manifest (path,label[,split]),
-        an `.npz`, a `.ts`, `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, or a name of the catalog.
+        an `.npz`, a `.ts`, `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, a folder that
+        `antibackdoor poison` wrote, or a name of the catalog.
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
     memory_map: read an `.npz` from disk as needed. data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
-    path = Path(source)
+    path = _inside(Path(source))
     held = None if test is None else Path(test)
     if missing not in ("refuse", "interpolate", "zero"):
         raise unknown("choice for missing values", missing, ("refuse", "interpolate", "zero"))
@@ -56,8 +64,79 @@ def load(
     return reader(path, test=held, image_size=image_size, skip_unreadable=skip_unreadable)
 
 
+def load_samples(
+    source: str | Path,
+    spec: Spec,
+    *,
+    missing: Missing = "refuse",
+    skip_unreadable: bool = False,
+    data_root: Path | None = None,
+) -> tuple[Data, list[str] | None]:
+    """Samples for a model that takes `spec`, and the names of their labels where they have any.
+
+    source: as for `load` (of a set that has one, the test set), and what needs no labels: a folder of image files, one
+    image file, or an `.npz` with x only. Classes may be others than the model's. Images are resized to its size.
+    """
+    path = _inside(Path(source))
+    width, height = (spec.shape[2], spec.shape[1]) if spec.kind == "image" else (0, 0)
+    names: list[str] | None = None
+    flat = path.is_dir() and _kind(path) == "images" and not has_class_folders(path)
+    if flat or (path.is_file() and path.suffix.lower() in IMAGES):
+        _same_kind("image", spec, path)
+        x, ids = load_unlabeled(path, (width, height), skip_unreadable=skip_unreadable)
+        return _fitted(x, ids, None, spec, path), None
+    if path.is_file() and path.suffix.lower() == ".npz":
+        data, labeled = load_samples_npz(path, missing)
+    else:
+        files = path.exists() and _kind(path) in {"images", "manifest"}
+        splits = load(
+            path if path.exists() else source,
+            image_size=(width, height) if files and spec.kind == "image" else None,
+            missing=missing,
+            skip_unreadable=skip_unreadable,
+            data_root=data_root,
+        )
+        data, labeled = splits.test or splits.train, True
+    _same_kind(data.spec.kind, spec, path)
+    if labeled:
+        names = [data.spec.classes[k] for k in data.y.tolist()]
+    if len(data) == 0:
+        raise InputError(f"{path} holds no samples.")
+    return _fitted(torch.cat([data.x[rows] for rows in data.chunks()]), data.ids, data.lengths, spec, path), names
+
+
+def _same_kind(kind: str, spec: Spec, path: Path) -> None:
+    if kind != spec.kind:
+        raise InputError(f"{path} holds data of kind {kind!r}, but the model takes {spec.kind!r}.")
+
+
+def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, path: Path) -> Data:
+    """Samples as the model takes them: channels must fit, images are resized, series may have any length."""
+    channels, shape = spec.shape[0], tuple(x.shape[1:])
+    if spec.kind == "image" and shape[0] == 1:
+        x = x.expand(-1, channels, -1, -1)
+    elif shape[0] != channels:
+        raise InputError(f"{path}: the samples have {shape[0]} channels, but the model takes {channels}.")
+    if spec.kind == "image" and shape[1:] != spec.shape[1:]:
+        x = F.interpolate(x.float(), spec.shape[1:], mode="bilinear", antialias=True).round().clamp(0, 255).to(x.dtype)
+    fits = replace(spec, shape=tuple(x.shape[1:]))
+    return Data(x, torch.zeros(len(x), dtype=torch.int64), fits, ids, lengths)
+
+
+def _inside(path: Path) -> Path:
+    """The data in a folder that `antibackdoor poison` wrote."""
+    if (path / "attack.json").is_file() and (path / "truth.csv").is_file():
+        return path / "data.npz" if (path / "data.npz").is_file() else path / "data"
+    return path
+
+
 def _load_named(
-    name: str, test: Path | None, image_size: int | None, missing: Missing, memory_map: bool, data_root: Path | None
+    name: str,
+    test: Path | None,
+    image_size: int | tuple[int, int] | None,
+    missing: Missing,
+    memory_map: bool,
+    data_root: Path | None,
 ) -> Splits:
     if name in CATALOG and test is not None:
         raise InputError(f"{name} has its own test set; a separate one goes with a file or a folder only.")
@@ -83,6 +162,6 @@ def _kind(path: Path) -> str:
     )
 
 
-def _refuse_size(path: Path, image_size: int | None) -> None:
+def _refuse_size(path: Path, image_size: int | tuple[int, int] | None) -> None:
     if image_size is not None:
         raise InputError(f"{path} holds arrays of one size already; image_size is for image files.")

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
 
-from antibackdoor.data.batches import Batch, gather
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition
-from antibackdoor.defenses.suspects import suspects_of
-from antibackdoor.files import Tree
+from antibackdoor.data.batches import gather
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.dual_head import Dual, Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
-from antibackdoor.seeds import generator
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
-from antibackdoor.training.objectives import Objective, Step
-from antibackdoor.training.ranking import LossDrop, Persistence, top
-from antibackdoor.training.scores import logits_of, losses, mixed_logits_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,8 +33,10 @@ class E2ABL(Defense):
     4. The second head is thrown away: the model is the backbone with its own head.
 
     Deviations: the literal reading of the paper is the profile "paper". The defaults change what did not hold up when
-    measured (docs, results): the ranking is `Persistence` instead of Eq. 5, and it is frozen after the warm-up, since h2
-    is trained on its own choices and drifts. Small sets get floors of steps and counts.
+    measured: samples are ranked by `Persistence`, of themselves and mixed with another class (`mixing`), instead of by
+    Eq. 5; the ranking is frozen after the warm-up, since h2 is trained on its own choices and drifts; isolated samples
+    of other labels go back, and of those labeled y_b h1 recovers what it takes for another class (`remainder`). Small
+    sets get floors of steps and counts.
     """
 
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
@@ -88,11 +82,11 @@ class E2ABL(Defense):
     refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = (
         "never"
     )
-    predominance: Annotated[Share, Field(description="recover D* only if this share of it is labeled y_b")] = 0.8
+    predominance: Annotated[Share, Field(description="recover D* only if this share of it is labeled y_b")] = 0.5
     remainder: Annotated[
         Literal["trap", "recover", "return", "agree"],
         Field(
-            description="the rest of D_p: only h2 sees it; recovered as well; back to h1 where its label is not y_b; or "
+            description="the rest of D_p: only h2 sees it; recovered too; back to h1 where its label is not y_b; or "
             "that, and what is labeled y_b is recovered where h1 answers another class"
         ),
     ] = "agree"
@@ -120,7 +114,7 @@ class E2ABL(Defense):
             wide=self.wide_head,
             shared=self.second == "head",
         ).to(job.fabric.device)
-        trap = _Trap(self, job)
+        trap = Trap(self, job)
         if self.warm_up is not None:
             if self.loss_history == "init":
                 trap.look(tap, 0)
@@ -130,10 +124,11 @@ class E2ABL(Defense):
             {"params": list(tap.main_parameters())},
             {"params": list(tap.second_parameters()), "learning_rate": recipe.learning_rate * self.second_rate},
         ]
-        dual = _Dual(self, job, trap)
+        dual = Dual(self, job, trap)
         dual.partition(tap, 0)
         job.fit("dual training", tap, dual, recipe, parameters=groups)
         return dual.outcome(tap)
+<<<<<<< HEAD
 
 
 def _second_logits(tap: nn.Module, batch: Batch) -> Tensor:
@@ -302,3 +297,5 @@ class _Dual(Objective):
         scores, last = self.trap.ranking.scores(), self.partitions[-1]
         asked = torch.full_like(last.labels, -1) if self.asked is None else self.asked
         return suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)
+=======
+>>>>>>> main

@@ -24,9 +24,9 @@ def suspects_of(
     asked: `(n,)`, the class that the main head gave each candidate (isolated, labeled with the backdoor class) when it
     was first asked, before it was taught any recovered label; -1 for all other samples. logits: `(n, K)` of the final
     main head. probability: 1 minus its probability of the given label for candidates, 0 for all others.
-    evidence: how often it disagreed in the more and in the less suspicious half of the candidates. In clean data what the
-    shallow head learns first is the easiest, so the main head agrees most with the first half; with dirty-label poison
-    it is the other way round.
+    evidence: how often it disagreed in the more and in the less suspicious half of the candidates. In clean data what
+    the shallow head learns first is the easiest, so the main head agrees most with the first half; with dirty-label
+    poison it is the other way round.
     """
     given, answer = data.y.cpu(), logits.argmax(1)
     candidates = asked >= 0

@@ -7,6 +7,8 @@ padded series gets the same output as the same series cropped to its length.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,7 @@ class ConvNorm(nn.Module):
         # A strided 1x1 convolution of few channels corrupts memory in oneDNN's backward pass (channels last, CPU; its
         # issue 6035): pick the positions first, which is the same.
         pick = stride if kernel == 1 and c_in < 16 else 1
-        self.pick = (..., *[slice(None, None, pick)] * dims)
+        self.pick: Any = (..., *[slice(None, None, pick)] * dims)
         self.conv = CONV[dims](c_in, c_out, kernel, stride // pick, kernel // 2, bias=False)
         self.norm = NORM[dims](c_out)
         self.stride = stride

@@ -76,7 +76,7 @@ class Job:
         self._names: set[str] = set()
 
     def model(self, name: str = "model") -> nn.Module:
-        """A fresh model, initialized from (seed, name), that takes raw values: it normalizes by this set's statistics."""
+        """A fresh model, initialized from (seed, name), that takes raw values and normalizes them by this set."""
         torch.manual_seed(derive(self.seed, "model", name))
         if isinstance(self._model, nn.Module):
             model = copy.deepcopy(self._model)

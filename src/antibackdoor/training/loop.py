@@ -113,9 +113,9 @@ class Fit:
         augment = AUGMENTATIONS[self.recipe.augment]
         records: dict[str, Tensor] = {}
         self.model.train()
-        for step, batch in enumerate(shuffled(self.data, self.rows, self.batch_size, order, device)):
+        for step, plain in enumerate(shuffled(self.data, self.rows, self.batch_size, order, device)):
             self._set_learning_rate((self.epoch * self.steps + step) / (self.epochs * self.steps))
-            batch = replace(batch, x=augment(batch.x, self.data.spec, noise, batch.lengths))
+            batch = replace(plain, x=augment(plain.x, self.data.spec, noise, plain.lengths))
             with self.fabric.autocast():
                 result = self.objective(self.model, batch)
             self.optimizer.zero_grad(set_to_none=True)

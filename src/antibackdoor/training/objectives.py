@@ -22,7 +22,7 @@ class Step:
 
 
 class Objective:
-    """Base of all objectives: override `__call__`; `after_epoch`, `state` and `load` only where something is remembered."""
+    """Base of all objectives: `__call__` always; `after_epoch`, `state` and `load` where something is remembered."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """The loss of one batch."""

@@ -46,9 +46,9 @@ class LossDrop:
 class Persistence:
     """Minus the mean log loss over all entries after the first `skip`: `-mean_i log(L_i + epsilon)`.
 
-    When a backdoor is learned depends on steps, batch and augmentation, so the size of any single drop says little. But
-    once learned it stays learned, while easy clean samples come and go: the mean over many epochs does not depend on the
-    moment. Keeps one number a sample.
+    When a backdoor is learned depends on steps, batch and augmentation, so the size of any single drop says little.
+    But once learned it stays learned, while easy clean samples come and go: the mean over many epochs does not depend
+    on the moment. Keeps one number a sample.
     """
 
     def __init__(self, n: int, skip: int):

@@ -1,0 +1,370 @@
+"""The command line: thin, and slow to import nothing before a command needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from antibackdoor import __version__
+from antibackdoor.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEBUG = "ANTIBACKDOOR_DEBUG"
+
+
+class Group(TyperGroup):
+    """Turns what goes wrong into a sentence and an exit status; ANTIBACKDOOR_DEBUG=1 shows tracebacks."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words of the command for the hint after an interruption."""
+        ctx.meta["antibackdoor.words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _fail(str(error), 2)
+        except KeyboardInterrupt:
+            words = ctx.meta["antibackdoor.words"]
+            again = [*words, *(["--resume"] if "--resume" not in words else [])]
+            resumable = words[:1] == ["train"]
+            _fail("interrupted" + (f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."), 130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}.", 2)
+
+
+app = typer.Typer(
+    cls=Group,
+    name="antibackdoor",
+    help="Train a clean model on images or time series nobody vouches for, and name the samples that look poisoned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Missing(StrEnum):
+    """What to do with gaps inside of series."""
+
+    refuse = "refuse"
+    interpolate = "interpolate"
+    zero = "zero"
+
+
+class Format(StrEnum):
+    """How a poisoned set is written."""
+
+    npz = "npz"
+    folder = "folder"
+
+
+class What(StrEnum):
+    """What can be listed."""
+
+    attacks = "attacks"
+    defenses = "defenses"
+    models = "models"
+    datasets = "datasets"
+
+
+class Kind(StrEnum):
+    """Which data the demo runs on."""
+
+    image = "image"
+    series = "series"
+    both = "both"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, folder written by `poison`, or a name "
+        "that `list datasets` shows.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a hyper-parameter, as shown by `list`; can be repeated."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Everything random follows from it.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where NAME.npz of named data sets lie ($ANTIBACKDOOR_DATA).")
+]
+MissingOption = Annotated[Missing, typer.Option(help="What to do with gaps inside of series.")]
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out image files that are damaged.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.")]
+Test = Annotated[str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, or be empty.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"antibackdoor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    data: Source,
+    out: Out,
+    test: Test = None,
+    defense: Annotated[str, typer.Option(help="auto, NAME or NAME:PROFILE; see `list defenses`.")] = "auto",
+    settings: Settings = None,
+    model: Annotated[str, typer.Option(help="auto, NAME or NAME-wWIDTH; see `list models`.")] = "auto",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the main training.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    image_size: ImageSize = None,
+    missing: MissingOption = Missing.refuse,
+    skip_unreadable: SkipUnreadable = False,
+    memory_map: Annotated[bool, typer.Option("--memory-map", help="Read an .npz from disk as needed.")] = False,
+    data_root: DataRoot = None,
+    truth: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a clean model, name the samples that look poisoned, and give a verdict."""
+    from antibackdoor import load
+    from antibackdoor import train as run
+    from antibackdoor.experiments import read_experiment
+    from antibackdoor.progress import show
+
+    chosen = _settings(settings)
+    splits = load(
+        data,
+        test=test,
+        image_size=image_size,
+        missing=missing.value,
+        skip_unreadable=skip_unreadable,
+        memory_map=memory_map,
+        data_root=data_root,
+    )
+    experiment = read_experiment(truth, splits) if truth else None
+    with show(_console(stderr=True), quiet=quiet) as progress:
+        result = run(
+            splits,
+            defense=defense,
+            options=chosen,
+            model=model,
+            epochs=epochs,
+            seed=seed,
+            device=device,
+            precision=precision,
+            out=out,
+            resume=resume,
+            progress=progress,
+            experiment=experiment,
+        )
+    if not quiet:
+        from antibackdoor.summary import print_summary
+
+        print_summary(_console(), result, out)
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` wrote.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="As for `train`; or a folder of images, one image, or an .npz with only x."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.csv", help="Table to write: id, predicted, probability[, label].")],
+    device: Device = "auto",
+    missing: MissingOption = Missing.refuse,
+    skip_unreadable: SkipUnreadable = False,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Predict classes with a trained model; of data with a test set, that of the test set."""
+    from antibackdoor.summary import predict_table
+
+    table = predict_table(
+        folder, data, device=device, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
+    )
+    from antibackdoor.files import atomically
+
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give --out the name of a file to write.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomically(out, lambda part: table.to_csv(part, index=False))
+    if not quiet:
+        right = f", {(table['predicted'] == table['label']).mean():.1%} as labeled" if "label" in table else ""
+        typer.echo(f"{len(table):,} predictions in {out}{right}")
+
+
+@app.command()
+def poison(
+    data: Source,
+    attack: Annotated[str, typer.Option(help="See `list attacks`.")],
+    out: Out,
+    rate: Annotated[float | None, typer.Option(help="Poisoned share of the whole training set.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="CLASS", help="Name or number of the class to lead to.")] = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    form: Annotated[Format, typer.Option("--format", help="One .npz, or a folder of PNG files.")] = Format.npz,
+    test: Test = None,
+    image_size: ImageSize = None,
+    missing: MissingOption = Missing.refuse,
+    skip_unreadable: SkipUnreadable = False,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Poison a training set on purpose, for experiments."""
+    from antibackdoor import load
+    from antibackdoor.experiments import check_free, write_poisoned
+    from antibackdoor.experiments import poison as make
+
+    chosen = _settings(settings)
+    chosen |= {name: value for name, value in (("rate", rate), ("target", target)) if value is not None}
+    check_free(out)
+    splits = load(
+        data,
+        test=test,
+        image_size=image_size,
+        missing=missing.value,
+        skip_unreadable=skip_unreadable,
+        data_root=data_root,
+    )
+    poisoned = make(splits, attack, chosen, seed=seed)
+    write_poisoned(poisoned, out, form=form.value)
+    if not quiet:
+        counts = poisoned.attack["counts"]
+        typer.echo(
+            f"{counts['poisoned']:,} of {counts['n']:,} samples poisoned ({counts['rate_of_set']:.1%} of the set, "
+            f"{counts['rate_of_class']:.1%} of the target class) in {out}\n"
+            f"Next: antibackdoor train {shlex.quote(str(out))} --truth {shlex.quote(str(out))} --out RUN"
+        )
+
+
+@app.command("list")
+def list_(
+    what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|models|datasets]")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what there is; with a name, its options."""
+    import json
+
+    from antibackdoor.listing import listing, print_listing
+
+    found = listing(what.value if what else None, name)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_listing(_console(), found)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]) -> None:
+    """Build report.html again from what lies in a run folder."""
+    from antibackdoor.report import build_report
+
+    typer.echo(str(build_report(folder)))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("antibackdoor-demo"),
+    kind: Annotated[Kind, typer.Option(help="Images, time series, or both.")] = Kind.both,
+    open_report: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Show the reports in a browser [default: on a terminal].")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the main training.")] = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Poison real data (embedded, nothing is downloaded), train with and without a defense, and compare."""
+    from antibackdoor.demo import run_demo
+
+    kinds = ("image", "series") if kind is Kind.both else (kind.value,)
+    console = _console(quiet=quiet)
+    reports = run_demo(
+        out, kinds, console, _console(stderr=True), epochs=epochs, settings=_settings(settings), seed=seed, quiet=quiet
+    )
+    if sys.stdout.isatty() if open_report is None else open_report:
+        import webbrowser
+
+        for path in reports:
+            webbrowser.open(path.resolve().as_uri())
+
+
+def _settings(texts: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs; the values are parsed by the options they belong to."""
+    chosen: dict[str, Any] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set takes NAME=VALUE, got {text!r}.")
+        chosen[name.strip()] = value.strip()
+    return chosen
+
+
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Colors and live displays only on a terminal; rich finds that out."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=quiet, highlight=False)
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    if os.environ.get(DEBUG) and sys.exc_info()[1] is not None:
+        raise  # noqa: PLE0704 (called while an exception is handled)
+    typer.echo(sentence if status == 130 else f"error: {sentence}", err=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Entry point of the `antibackdoor` command."""
+    # Threads that spin while they wait make a training many times slower where cores are shared with other programs.
+    # Read when torch is loaded, so it must be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        typer.echo(
+            f"error: something unexpected went wrong ({type(error).__name__}: {reason}); "
+            f"set {DEBUG}=1 to see the traceback.",
+            err=True,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Sets poisoned on purpose, to measure a defense: made by an attack, kept in a folder, read back by the judge."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from antibackdoor.api import Experiment
+from antibackdoor.attacks import ATTACKS
+from antibackdoor.data.arrays import load_npz, write_npz, write_part
+from antibackdoor.data.core import Data, Splits, Truth
+from antibackdoor.data.images import load_folder
+from antibackdoor.data.truth import rates, read_truth, truth_table
+from antibackdoor.errors import InputError, unknown
+from antibackdoor.files import write_json
+from antibackdoor.options import build, values
+from antibackdoor.seeds import derive
+from antibackdoor.training.job import Job
+
+Format = Literal["npz", "folder"]
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """splits: what a defender gets, and the clean test set. experiment: what only the judge reads."""
+
+    splits: Splits
+    experiment: Experiment
+    attack: dict[str, Any]
+
+
+def poison(splits: Splits, attack: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0) -> Poisoned:
+    """Poison the training set with a registered attack, and trigger the test set.
+
+    settings: the attack's hyper-parameters; "target" may be a class name. Raises InputError where they do not fit.
+    """
+    entry = ATTACKS[attack]
+    if splits.train.spec.kind not in entry.kinds:
+        raise InputError(f"the attack {attack!r} does not work on data of kind {splits.train.spec.kind!r}.")
+    if splits.test is None:
+        raise InputError("there is no test set to measure the attack on; give one with --test.")
+    settings = dict(settings or {})
+    if "target" in settings:
+        settings["target"] = class_number(settings["target"], splits.train.spec.classes)
+    method = build(entry.make, settings, f"attack {attack}")
+    method.check(splits.train)
+    own_seed = derive(seed, "attack", attack) & 0x7FFFFFFF
+    state = method.fit(splits.train, Job(splits.train, seed=own_seed))
+    train, truth = method.poison(splits.train, state, own_seed)
+    triggered = method.triggered(splits.test, state)
+    told = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
+    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered), told)
+
+
+def class_number(target: str | int, classes: Sequence[str]) -> int:
+    """The number of a class given by its name or, where no class has that name, by its number."""
+    if str(target) in classes:
+        return list(classes).index(str(target))
+    if str(target).isdigit() and int(target) < len(classes):
+        return int(target)
+    raise unknown("class", str(target), classes)
+
+
+def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> None:
+    """Write `data.npz` (or `data/train/CLASS/*.png` and `data/test/...`), `truth.csv`, `triggered.npz`, `attack.json`.
+
+    The folder appears complete or not at all. Raises InputError where it is in use or cannot be written.
+    """
+    check_free(out)
+    part = out.parent / f".{out.name}.{os.getpid()}.part"
+    try:
+        part.mkdir(parents=True)
+        if form == "npz":
+            write_npz(part / "data.npz", poisoned.splits)
+        else:
+            poisoned = _write_images(poisoned, part / "data")
+        data, experiment = poisoned.splits.train, poisoned.experiment
+        truth_table(data, experiment.truth).to_csv(part / "truth.csv", index=False)
+        write_part(part / "triggered.npz", experiment.triggered)
+        write_json(part / "attack.json", poisoned.attack)
+        if out.is_dir():
+            out.rmdir()  # empty, as checked; not every system renames onto it
+        part.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another folder.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def read_experiment(folder: Path, splits: Splits) -> Experiment:
+    """The truth about `splits` from a folder that `write_poisoned` made."""
+    for name in ("truth.csv", "triggered.npz"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no {name}; give the folder that `antibackdoor poison` wrote.")
+    if splits.test is None:
+        raise InputError("measuring an attack needs the clean test set; give it with --test.")
+    truth, triggered = read_truth(folder / "truth.csv", splits.train), load_npz(folder / "triggered.npz").train
+    if not set(triggered.ids) <= set(splits.test.ids) or triggered.spec.shape != splits.test.spec.shape:
+        raise InputError(f"{folder / 'triggered.npz'} does not belong to this test set: its ids or shapes differ.")
+    return Experiment(truth, triggered)
+
+
+def check_free(out: Path) -> None:
+    """Refuse a place to write to that is in use."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; choose another folder with --out.")
+
+
+def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
+    """PNG files in class folders; returns the set as a reader of the folder sees it: its order, ids and classes."""
+    spec, test = poisoned.splits.train.spec, poisoned.splits.test
+    assert test is not None
+    if spec.kind != "image":
+        raise InputError("only images can be written as a folder of files; use --format npz for series.")
+    folders = _folder_names(spec.classes)
+    names = {part: _write_split(data, root, part, folders) for part, data in (("train", poisoned.splits.train),
+                                                                             ("test", test))}  # fmt: skip
+    again = load_folder(root, image_size=(spec.shape[2], spec.shape[1]))
+    held = again.test
+    assert held is not None
+    numbers = torch.tensor([again.train.spec.classes.index(name) if name in again.train.spec.classes else -1
+                            for name in folders])  # fmt: skip
+    truth, triggered = poisoned.experiment.truth, poisoned.experiment.triggered
+    place = {name: row for row, name in enumerate(names["train"])}
+    rows = torch.tensor([place[name] for name in again.train.ids], dtype=torch.int64)
+    labels = numbers[truth.labels[rows]]
+    if (labels < 0).any() or numbers[truth.target] < 0:
+        raise InputError(
+            "poisoning leaves a class without training samples, which a folder cannot hold; use --format npz."
+        )
+    written = dict(zip(test.ids, names["test"], strict=True))
+    return Poisoned(
+        again,
+        Experiment(
+            Truth(truth.poisoned[rows], truth.cover[rows], labels, int(numbers[truth.target])),
+            replace(
+                triggered,
+                x=torch.as_tensor(triggered.x[torch.arange(len(triggered))]).expand(-1, 3, -1, -1),
+                y=numbers[triggered.y],
+                spec=again.train.spec,
+                ids=[written[name] for name in triggered.ids],
+            ),
+        ),
+        poisoned.attack,
+    )
+
+
+def _write_split(data: Data, root: Path, part: str, folders: Sequence[str]) -> list[str]:
+    """One PNG a sample; returns the names that they get when the folder is read."""
+    names = []
+    for name in {folders[k] for k in data.y.unique().tolist()}:
+        (root / part / name).mkdir(parents=True)
+    for row, (label, sample_id) in enumerate(zip(data.y.tolist(), data.ids, strict=True)):
+        # The row number keeps names apart and in order; it says nothing about the poison.
+        names.append(f"{part}/{folders[label]}/{row:06d}-{_safe(Path(sample_id).stem)}.png")
+        pixels = data.x[torch.tensor([row])][0].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(root / names[-1])
+    return names
+
+
+def _folder_names(classes: Sequence[str]) -> list[str]:
+    """Class names as folder names, different even where letter case does not count."""
+    names: list[str] = []
+    for number, name in enumerate(classes):
+        safe, taken = _safe(name), {other.casefold() for other in names}
+        names.append(f"{safe}-{number}" if safe.casefold() in taken else safe)
+    return names
+
+
+def _safe(text: str) -> str:
+    """Text from whoever made the data as a plain file name: no separators, no leading dot, not long."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[-60:] or "_"
+
+
+__all__ = ["Format", "Poisoned", "check_free", "class_number", "poison", "read_experiment", "write_poisoned"]

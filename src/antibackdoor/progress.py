@@ -1,0 +1,92 @@
+"""How far a run is: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Display
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from antibackdoor.training.loop import Progress
+
+QUIET_SECONDS = 5.0
+"""Where there is no terminal, at most one line in this time, and one at the end of each stage."""
+
+
+@contextmanager
+def show(console: Console, *, quiet: bool = False, title: str = "") -> Iterator[Progress]:
+    """A `Progress` for the training loop that is shown on `console`; `title` goes before the stage's name."""
+    from antibackdoor.training.loop import Progress
+
+    if quiet:
+        yield Progress()
+        return
+    if not console.is_terminal:
+        lines = _Lines(console, title)
+        yield Progress(start=lines.start, epoch=lines.epoch)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        TextColumn("{task.fields[rate]:.1f} steps/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}", style="dim"),
+    )
+    with Display(*columns, console=console) as display:
+        live = _Live(display, title)
+        yield Progress(start=live.start, step=live.step, epoch=live.epoch)
+
+
+class _Live:
+    """One bar a stage; finished stages stay on the screen."""
+
+    def __init__(self, display: Display, title: str):
+        self.display, self.title = display, title
+
+    def start(self, stage: str, epochs: int, steps: int) -> None:
+        self.steps, self.done, self.begun = steps, 0, time.monotonic()
+        name = f"{self.title}: {stage}" if self.title else stage
+        self.task = self.display.add_task(name, total=epochs * steps, epoch=0, epochs=epochs, rate=0.0, losses="")
+
+    def step(self) -> None:
+        self.done += 1
+        rate = self.done / max(time.monotonic() - self.begun, 1e-9)
+        self.display.update(self.task, advance=1, rate=rate)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        # `completed` is set, not added to: a resumed stage starts at an epoch other than the first.
+        self.display.update(self.task, completed=row["steps"], epoch=row["epoch"], losses=_losses(row))
+
+
+class _Lines:
+    """Plain lines for logs and pipes."""
+
+    def __init__(self, console: Console, title: str):
+        self.console, self.title, self.told = console, title, 0.0
+
+    def start(self, stage: str, epochs: int, steps: int) -> None:
+        self.epochs, self.steps = epochs, steps
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        last = row["epoch"] == self.epochs
+        if not last and time.monotonic() - self.told < QUIET_SECONDS:
+            return
+        self.told = time.monotonic()
+        name = f"{self.title}: {row['stage']}" if self.title else str(row["stage"])
+        left = (self.epochs - row["epoch"]) * row["seconds"]
+        rate = self.steps / max(row["seconds"], 1e-9)
+        text = f"{name}, epoch {row['epoch']}/{self.epochs}, {rate:.1f} steps/s, {left:.0f} s left, {_losses(row)}"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _losses(row: dict[str, Any]) -> str:
+    """The losses of both heads, or of the one there is."""
+    shown = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in row.items() if key.endswith("loss")]
+    return ", ".join(shown)

@@ -1,0 +1,62 @@
+"""What the command line tells after a run, and the table that `predict` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.markup import escape
+
+from antibackdoor.api import Result
+from antibackdoor.data.load import load_samples
+from antibackdoor.data.series import Missing
+from antibackdoor.report.words import percent, plain
+from antibackdoor.runs import load_model
+from antibackdoor.training.job import make_fabric
+from antibackdoor.training.scores import logits_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MEASURES = {
+    "clean_accuracy": "clean accuracy",
+    "attack_success_rate": "attack success rate",
+    "excess_attack_success_rate": "excess attack success rate",
+    "recovery_accuracy": "recovery accuracy",
+}
+
+
+def print_summary(console: Console, result: Result, folder: Path) -> None:
+    """The verdict in words, what was flagged, what is known of the accuracy, and where the report lies."""
+    verdict, flagged, n = result.verdict, int(result.suspects["flagged"].sum()), len(result.suspects)
+    if verdict.poisoned:
+        classes = ", ".join(repr(plain(name, 60)) for name in verdict.target_classes)
+        head = f"[bold red]This data looks poisoned[/], towards the class {escape(classes)}"
+    else:
+        head = "[bold green]No poison was found[/]"
+    console.print(f"{head} (confidence {percent(verdict.confidence)}).", soft_wrap=True)
+    for sentence in verdict.evidence:
+        console.print(f"  {escape(plain(sentence))}", soft_wrap=True)
+    console.print(f"{flagged:,} of {n:,} samples are flagged in suspects.csv.")
+    for key, name in MEASURES.items():
+        if key in result.metrics:
+            console.print(f"{name}: {percent(result.metrics[key]['value'])}")
+    console.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def predict_table(
+    folder: Path, data: str, *, device: str, missing: Missing, skip_unreadable: bool, data_root: Path | None
+) -> pd.DataFrame:
+    """id, predicted class, its probability and, where the data has labels, the label."""
+    model, spec = load_model(folder)
+    fabric = make_fabric(device, "32-true")
+    samples, labels = load_samples(data, spec, missing=missing, skip_unreadable=skip_unreadable, data_root=data_root)
+    probabilities = logits_of(model.to(fabric.device), samples, fabric).softmax(1)
+    best = probabilities.max(1)
+    table: dict[str, Any] = {
+        "id": list(samples.ids),
+        "predicted": [spec.classes[k] for k in best.indices.tolist()],
+        "probability": best.values.numpy().round(6),
+    }
+    return pd.DataFrame(table if labels is None else {**table, "label": labels})

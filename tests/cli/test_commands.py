@@ -1,0 +1,143 @@
+"""Each command as a user runs it, on toy files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from antibackdoor import load
+from antibackdoor.experiments import poison, read_experiment
+from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, write_images, write_series
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from antibackdoor.cli import app; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").output.strip() == "antibackdoor 0.1.0"
+
+
+def test_near_command_names_are_suggested(run: Run) -> None:
+    assert "train" in run("trian", status=2).output
+
+
+def test_train_predict_and_report_on_images(run: Run, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    told = run("train", images, "--out", out, *TINY, *TINY_DEFENSE).output
+    assert "report.html" in told and "clean accuracy" in told and "of 60 samples" in told
+    wanted = {"model.safetensors", "model.json", "suspects.csv", "verdict.json", "metrics.json", "history.jsonl",
+              "config.json", "env.json", "report.html", "result.json"}  # fmt: skip
+    assert wanted <= {path.name for path in out.iterdir()}
+
+    table = predicted(run, out, images)  # of data with a test set, the test set
+    assert list(table) == ["id", "predicted", "probability", "label"] and len(table) == 15
+    assert table["probability"].between(1 / 3 - 0.01, 1).all()
+
+    (out / "report.html").unlink()
+    assert run("report", out).output.strip().endswith("report.html") and (out / "report.html").is_file()
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, size in enumerate([(16, 16), (40, 30)]):  # resized to the model's size
+        Image.new("RGB", size, "red").save(flat / f"{number}.png")
+    assert list(predicted(run, out, flat)) == ["id", "predicted", "probability"]
+    assert predicted(run, out, flat / "1.png")["id"].tolist() == ["1.png"]
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 8, 8, 1), np.uint8))
+    assert len(predicted(run, out, tmp_path / "x.npz")) == 3
+    other = write_images(tmp_path / "other", ("green", "yellow"), count=2)
+    assert predicted(run, out, other)["label"].tolist() == ["green"] * 2 + ["yellow"] * 2
+
+
+def predicted(run: Run, folder: Path, data: Path) -> pd.DataFrame:
+    table = folder.parent / "tables" / "predicted.csv"
+    run("predict", folder, data, "--out", table)
+    return pd.read_csv(table, dtype={"id": str})
+
+
+def test_train_and_predict_on_series(run: Run, tmp_path: Path) -> None:
+    data = write_series(tmp_path / "toy.ts")
+    assert run("train", data, "--out", tmp_path / "run", *UNDEFENDED, *TINY, "--quiet").output == ""
+    assert not json.loads((tmp_path / "run" / "verdict.json").read_text())["poisoned"]
+    longer = write_series(tmp_path / "longer.ts", lengths=30)
+    assert predicted(run, tmp_path / "run", longer)["label"].tolist()[:2] == ["slow", "fast"]
+    run("predict", tmp_path / "run", write_images(tmp_path / "i"), "--out", tmp_path / "t.csv", status=2)
+
+
+def test_a_class_absent_from_the_test_set_is_fine(run: Run, images: Path, tmp_path: Path) -> None:
+    for path in (images / "test" / "red").iterdir():
+        path.unlink()
+    run("train", images, "--out", tmp_path / "run", *UNDEFENDED, *TINY)
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_a_poisoned_set_is_written_and_measured(run: Run, images: Path, tmp_path: Path, form: str) -> None:
+    out = tmp_path / "poisoned"
+    told = run(
+        "poison", images, "--attack", "badnets", "--rate", 0.2, "--target", "red", "--format", form, "--out", out
+    )
+    assert "12 of 60 samples poisoned" in told.output
+    assert (
+        not list(tmp_path.glob("*.part")) and json.loads((out / "attack.json").read_text())["counts"]["poisoned"] == 12
+    )
+
+    original, again = load(images), load(out)
+    made = poison(original, "badnets", {"rate": 0.2, "target": "red"})
+    assert again.train.spec == original.train.spec
+    assert sorted(map(bytes, again.train.x.numpy())) == sorted(
+        map(bytes, made.splits.train.x[torch.arange(60)].numpy())
+    )  # type: ignore[attr-defined]
+    experiment = read_experiment(out, again)
+    assert int(experiment.truth.poisoned.sum()) == 12 and len(experiment.triggered) == 10
+    assert (again.train.y[experiment.truth.poisoned] == 2).all() and (
+        experiment.truth.labels[experiment.truth.poisoned] != 2
+    ).all()
+    assert torch.equal(experiment.triggered.x[torch.arange(10)], made.experiment.triggered.x[torch.arange(10)])
+
+    run("train", out, "--truth", out, "--out", tmp_path / "run", *TINY, *TINY_DEFENSE)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["attack_success_rate"]["n"] == 10 and "auroc" in metrics["detection"]
+    other = run("train", images, "--truth", out, "--out", tmp_path / "other", *TINY, status=2)
+    assert "truth.csv" in other.output and not (tmp_path / "other").exists()
+
+
+def test_names_never_lead_out_of_a_written_folder(run: Run, tmp_path: Path) -> None:
+    classes, ids = ["../../evil", "..", "a/b", "A_b"], [f"/etc/{k}/../x\n" for k in range(40)]
+    x, y = np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 4
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=classes, ids_train=ids, ids_test=ids)
+    run("poison", tmp_path / "d.npz", "--attack", "badnets", "--format", "folder", "--out", tmp_path / "sub" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"d.npz", "sub"}
+    assert len(list((tmp_path / "sub" / "out" / "data" / "train").iterdir())) == 4
+    splits = load(tmp_path / "sub" / "out")
+    read_experiment(tmp_path / "sub" / "out", splits)
+
+
+def test_list_is_for_people_and_programs(run: Run) -> None:
+    found = json.loads(run("list", "--json").output)
+    assert set(found) == {"attacks", "defenses", "models", "datasets"}
+    assert all({"name", "kinds", "description"} <= set(row) for rows in found.values() for row in rows)
+    one = json.loads(run("list", "defenses", "e2abl", "--json").output)["defenses"][0]
+    assert "paper" in one["profiles"] and {"main.epochs", "isolation_rate"} <= {row["name"] for row in one["options"]}
+    assert "isolation_rate" in run("list", "defenses", "e2abl").output
+    assert "did you mean 'e2abl'" in run("list", "defenses", "e2able", status=2).output
+
+
+def test_demo(run: Run, tmp_path: Path) -> None:
+    told = run("demo", "--kind", "series", "--epochs", 1, "--out", tmp_path / "demo", *TINY_DEFENSE, "--no-open").output
+    assert "Attack success rate" in told and "report.html" in told
+    rows = json.loads((tmp_path / "demo" / "japanese_vowels-defended" / "comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["no defense", "defended"]
+    run("demo", "--out", tmp_path / "demo", status=2)

@@ -1,0 +1,43 @@
+"""Toy data as files, and settings that make a run take a moment, for tests of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from typer.testing import Result
+
+Run = Callable[..., Result]
+TINY = ("--model", "resnet18-w8", "--epochs", "2", "--device", "cpu")
+UNDEFENDED = ("--defense", "none", "--set", "recipe.min_steps=0")
+TINY_DEFENSE = tuple(
+    word for setting in ("warm_up.epochs=2", "warm_up.min_steps=0", "main.min_steps=0") for word in ("--set", setting)
+)
+
+
+def write_images(root: Path, classes: tuple[str, ...] = ("blue", "green", "red"), count: int = 20) -> Path:
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+            pixels[..., 2 - number % 3] += 150
+            Image.fromarray(pixels).save(root / name / f"{k:02d}.png")
+    return root
+
+
+def write_series(path: Path, lengths: int = 24, count: int = 16, value: str | None = None) -> Path:
+    rng = np.random.default_rng(0)
+    lines = []
+    for k in range(count):
+        line = np.sin(np.arange(lengths) * (0.3 + 0.6 * (k % 2))) + rng.normal(0, 0.1, lengths)
+        text = [f"{x:.4f}" for x in line]
+        if value and k == 3:
+            text[0] = value
+        lines.append(",".join(text) + f":{'slow' if k % 2 == 0 else 'fast'}")
+    head = "@problemName toy\n@timeStamps false\n@missing false\n@univariate true\n@equalLength true\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}@seriesLength {lengths}\n@classLabel true slow fast\n@data\n" + "\n".join(lines) + "\n")
+    return path
