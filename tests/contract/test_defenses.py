@@ -155,7 +155,6 @@ class Duel:
     defended: dict[str, Any]
     detection: dict[str, Any]
 
-<<<<<<< HEAD
 
 def digits(n: int, seed: int) -> Data:
     """Handwritten digits that come with scikit-learn: unlike the toy images not learned before any trigger."""
@@ -202,36 +201,6 @@ def alternatives() -> list[dict[str, Any]]:
     """Every value of a closed list that is not the default, the ends of the ranges, and some combinations."""
     names = [field.name for field in dataclasses.fields(E2ABL)]  # type: ignore[arg-type]
     ends = [{rate: end} for rate in ("window", "predominance", "recovery_delay", "probation") for end in (0, 1)]
-=======
-    plain, _ = train(data, "none", {"recipe.epochs": 8, "recipe.min_steps": 0})
-    options = {"warm_up.epochs": 6, "warm_up.min_steps": 0, "main.epochs": 12, "main.min_steps": 0}
-    defended, _ = train(data, "e2abl", options)
-    print(
-        kind,
-        measures(plain)["attack_success_rate"],
-        measures(defended)["attack_success_rate"],
-        measures(defended)["clean_accuracy"],
-    )
-    assert measures(plain)["attack_success_rate"]["value"] > 0.9
-    assert measures(defended)["attack_success_rate"]["value"] < 0.45
-    assert measures(defended)["clean_accuracy"]["value"] > 0.9
-
-
-def alternatives() -> list[dict[str, Any]]:
-    """Every value of a closed list that is not the default, and the ends of the ranges."""
-    found: list[dict[str, Any]] = []
-    for field in dataclasses.fields(E2ABL):  # type: ignore[arg-type]
-        default, kind = getattr(E2ABL(), field.name), E2ABL.__pydantic_fields__[field.name].annotation  # type: ignore[attr-defined]
-        values = (
-            [not default]
-            if kind is bool
-            else typing.get_args(kind)
-            if typing.get_origin(kind) is typing.Literal
-            else []
-        )
-        found += [{field.name: value} for value in values if value != default]
-    ends = [{rate: end} for rate in ("window", "isolation_rate", "predominance", "recovery_delay") for end in (0, 1)]
->>>>>>> main
     return [
         *({name: value} for name in names for value in choices(name) if value != getattr(E2ABL(), name)),
         *ends,

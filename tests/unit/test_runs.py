@@ -41,6 +41,12 @@ def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:
             open_folder(tmp_path / "file", {}, resume=resume)
 
 
+def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(InputError, match=r"no config\.json"):
+        open_folder(tmp_path, {}, resume=True)
+
+
 @pytest.fixture(params=[toy_images(6), toy_series(6, unequal=True)], ids=["image", "series"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, nn.Module, Data]:
     data = request.param

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from antibackdoor.data.batches import Batch, gather, shuffled
 from antibackdoor.data.core import Data, Spec
 from antibackdoor.defenses import Partition
-from antibackdoor.defenses.e2abl import E2ABL, _Dual, _Trap
+from antibackdoor.defenses.dual_head import Dual, Trap
+from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.errors import InputError
 from antibackdoor.models import create
 from antibackdoor.models.tap import Tap
@@ -172,7 +173,7 @@ class Scene:
         self.batch = gather(data, torch.tensor([5, 0, 7, 2, 6, 1]), torch.device("cpu"))
         self.tap = Tap(self.model, None, 4, self.batch.x).eval()
         method = E2ABL(recovery_delay=0, **options)
-        self.dual = _Dual(method, job, _Trap(method, job))
+        self.dual = Dual(method, job, Trap(method, job))
         self.labels = torch.where(self.recovered, 2, data.y)
         self.dual._set(Partition(0, self.isolated, self.recovered, self.labels))
         for module in self.tap.modules():  # statistics that differ from what a fresh network has
@@ -244,7 +245,7 @@ def test_one_or_no_main_row_on_a_single_pixel_map(rows: list[int]) -> None:
     method = E2ABL(control="nothing")
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
     batch = gather(data, torch.tensor(rows), torch.device("cpu"))
-    tap, dual = Tap(job.model(), None, 4, batch.x), _Dual(method, job, _Trap(method, job))
+    tap, dual = Tap(job.model(), None, 4, batch.x), Dual(method, job, Trap(method, job))
     dual._set(Partition(0, Scene.isolated, Scene.recovered, data.y))
     assert dual(tap.train(), batch).loss.isfinite()
 

@@ -14,21 +14,13 @@ from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import logits_of
 
-<<<<<<< HEAD
-Measure = dict[str, float | int | None]
-=======
 Measure = dict[str, Any]
->>>>>>> main
 
 
 def share(hits: Tensor) -> Measure:
     """A share with its counts; its value is None where there is nothing to count, never 0/0."""
     n, count = len(hits), int(hits.sum())
-<<<<<<< HEAD
-    return {"value": count / n if n else None, "count": count, "n": n}
-=======
     return {"value": count / n, "count": count, "n": n} if n else {"value": None, "count": 0, "n": 0}
->>>>>>> main
 
 
 def accuracy(predicted: Tensor, test: Data) -> dict[str, Any]:
@@ -57,14 +49,9 @@ def attack_measures(model: nn.Module, test: Data, triggered: Data, target: int, 
         "clean_accuracy_nontarget": share((clean_predictions == test.y.cpu())[nontarget]),
         "attack_success_rate": success,
         "target_confusion_without_trigger": confusion,
-        "excess_attack_success_rate": {"value": _difference(success, confusion), "n": success["n"]},
+        "excess_attack_success_rate": {"value": success["value"] - confusion["value"], "n": success["n"]},
         "recovery_accuracy": share(predictions == triggered.y.cpu()),
     }
-
-
-def _difference(first: Measure, second: Measure) -> float | None:
-    one, two = first["value"], second["value"]
-    return None if one is None or two is None else one - two
 
 
 def partition_measures(partition: Partition, scores: Tensor, truth: Truth) -> dict[str, Any]:
