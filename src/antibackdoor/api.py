@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,6 @@ def train(
             "seed": seed,
         }
         open_folder(folder, config, resume=resume)
-    started = time.perf_counter()
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
     outcome = method.run(job)
     job.write_history()
@@ -141,7 +139,7 @@ def train(
         spec=splits.train.spec,
         suspects=suspects_table(splits.train, outcome),
         verdict=decide(splits.train, outcome),
-        metrics=_metrics(splits, outcome, job, experiment, fabric, time.perf_counter() - started),
+        metrics=_metrics(splits, outcome, job, experiment, fabric),
         history=job.history,
         architecture=model if isinstance(model, str) else None,
         data=splits.train,
@@ -171,7 +169,7 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
 
 
 def _metrics(
-    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric, seconds: float
+    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric
 ) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
@@ -183,7 +181,7 @@ def _metrics(
         measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
     steps = {row["stage"]: row["steps"] for row in job.history}
     measured["cost"] = {
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(row["seconds"] for row in job.history), 1),
         "steps": sum(steps.values()),
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
     }
