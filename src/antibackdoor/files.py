@@ -76,14 +76,7 @@ def save_state(path: Path, tree: Tree) -> None:
 
 def load_state(path: Path) -> Tree:
     """Read what `save_state` wrote; InputError where the file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            skeleton = json.loads(file.metadata()["tree"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None
-    except Exception as error:  # safetensors raises its own type, which it does not export for catching
-        raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None
+    tensors: dict[str, torch.Tensor] = {}
 
     def dress(node: Any) -> Tree:
         if "tensor" in node:
@@ -94,4 +87,10 @@ def load_state(path: Path) -> Tree:
             return [dress(value) for value in node["list"]]
         return node["value"]
 
-    return dress(skeleton)
+    try:
+        with safe_open(path, framework="pt") as file:
+            skeleton = json.loads(file.metadata()["tree"])
+            tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+        return dress(skeleton)
+    except Exception as error:  # safetensors raises its own type, which it does not export for catching
+        raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None

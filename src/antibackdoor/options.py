@@ -55,13 +55,17 @@ def build(cls: type[T], settings: Mapping[str, Any], what: str, *, base: Mapping
 
 
 def _parse(value: Any) -> Any:
-    """Text from the command line as JSON where it is JSON (numbers, true, null, lists), else as it stands."""
+    """Text from the command line as JSON where it is null, a list or an object; else as it stands.
+
+    Numbers and truth values stay text, which the field's own type converts: a block may be called "0".
+    """
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
     except json.JSONDecodeError:
         return value
+    return parsed if parsed is None or isinstance(parsed, list | dict) else value
 
 
 def values(instance: Any) -> dict[str, Any]:

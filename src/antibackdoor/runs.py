@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from antibackdoor.data.core import Data, Spec
+from antibackdoor.data.core import Data, Kind, Spec
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, read_json, write_json
 from antibackdoor.models import create
@@ -27,7 +27,7 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     architecture: str | None
-    kind: str
+    kind: Kind
     shape: tuple[int, ...]
     classes: tuple[str, ...]
     low: float
@@ -35,7 +35,7 @@ class ModelCard(BaseModel):
 
     def spec(self) -> Spec:
         """What one sample is."""
-        return Spec(self.kind, self.shape, self.classes, self.low, self.high)  # type: ignore[arg-type]
+        return Spec(self.kind, self.shape, self.classes, self.low, self.high)
 
 
 def open_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> bool:

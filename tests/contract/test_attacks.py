@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from antibackdoor.attacks import ATTACKS, Attack
+from antibackdoor.bench.judge import attack_measures
 from antibackdoor.data.core import Data
+from antibackdoor.files import load_state, save_state
+from tiny import FABRIC, short, stored, train
 from toy import toy_images, toy_series
 
 SETS = {
@@ -23,10 +28,6 @@ ROWS = torch.arange(80)
 def attack_of(name: str, **fields: Any) -> Attack:
     attack: Attack = ATTACKS[name].make(**{"target": 1, "rate": 0.1, "cover": 0.05, **fields})
     return attack
-
-
-def stored(data: Data) -> torch.Tensor:
-    return data.x[torch.arange(len(data))]
 
 
 def test_every_attack_is_described() -> None:
@@ -101,9 +102,13 @@ def test_same_seed_same_result(name: str, sort: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "sort"), CASES)
-def test_state_is_flat(name: str, sort: str) -> None:
-    state = attack_of(name).fit(SETS[sort](0))
+def test_state_is_flat_and_survives_a_file(name: str, sort: str, tmp_path: Path) -> None:
+    clean, attack = SETS[sort](0), attack_of(name)
+    state = attack.fit(clean)
     assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+    save_state(tmp_path / "state", state)
+    again = attack.poison(clean, load_state(tmp_path / "state"), 0)[0]
+    assert again.fingerprint() == attack.poison(clean, state, 0)[0].fingerprint()
 
 
 @pytest.mark.parametrize("name", sorted({name for name, sort in CASES if sort == "unequal series"}))
@@ -116,3 +121,39 @@ def test_padding_stays_zero(name: str) -> None:
             len(data), *data.spec.shape
         )
         assert after.any() and (stored(data)[after] == 0).all()
+
+
+BITING: dict[str, dict[str, Any]] = {
+    "badnets": {"rate": 0.15, "share": 0.1},
+    "blend": {"rate": 0.1, "alpha": 0.3, "strength": 1.0},
+    "sig": {"rate": 0.24, "frequency": 5, "delta": 150, "amplitude": 3.0},
+}
+"""Strong settings: the toy classes are learned so fast that a weak trigger has nothing to offer."""
+FLOOR = {"badnets": 0.9, "blend": 0.9, "sig": 0.9}
+"""Least attack success rate under plain training; a structural test passes an attack that does nothing."""
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    """Plainly trained models on clean data, one for each sort; filled when first asked for."""
+    return {}
+
+
+def plainly_trained(data: Data) -> nn.Module:
+    return train(data, "none", {**short("none", 6), "recipe.augment": "none"})[0].model
+
+
+@pytest.mark.parametrize(("name", "sort"), CASES)
+def test_attack_bites(name: str, sort: str, models: dict[str, nn.Module]) -> None:
+    make = {"image": toy_images, "series": toy_series}[sort.rsplit(maxsplit=1)[-1]]
+    fields = {"unequal": True} if sort == "unequal series" else {}
+    clean, test = (make(160, classes=4, seed=seed, **fields) for seed in (0, 1))
+    attack = attack_of(name, cover=0, **BITING[name])
+    state = attack.fit(clean)
+    models[sort] = models.get(sort) or plainly_trained(clean)
+    poisoned = plainly_trained(attack.poison(clean, state, 0)[0])
+    triggered = attack.triggered(test, state)
+    bitten, control = (attack_measures(model, test, triggered, 1, FABRIC) for model in (poisoned, models[sort]))
+    assert bitten["attack_success_rate"]["value"] >= FLOOR[name]
+    assert control["attack_success_rate"]["value"] < 0.2
+    assert bitten["clean_accuracy"]["value"] > 0.9

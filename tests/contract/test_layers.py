@@ -31,16 +31,18 @@ LAYERS = [
     {"report"},
     {"runs"},
     {"api"},
-    {"demo", "estimator", "poisoning", "review", "scan"},
+    {"experiments", "listing", "progress", "summary"},
+    {"demo"},
     {"cli"},
-    {"__main__"},
 ]
 """From the ground up: a room may import the rooms of lower layers, and itself."""
 
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items()}
+"""What `from antibackdoor import name` leads to."""
 BLIND = {"models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
-HELPERS = {"attacks": {"base"}, "defenses": {"base", "suspects"}}
+HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "os.system", "torch.load", "yaml.load", "pd.read_pickle", "pandas.read_pickle"}
 UNSAFE_KEYWORDS = {("allow_pickle", True), ("shell", True), ("weights_only", False)}
@@ -68,7 +70,8 @@ def imports(source: str) -> Iterator[str]:
 
 def upward(file: str, source: str) -> list[str]:
     """Imports of rooms that lie above the file's own."""
-    rooms = [name.split(".")[1] for name in imports(source) if name.startswith("antibackdoor.")]
+    names = [name.split(".")[1] for name in imports(source) if name.startswith("antibackdoor.")]
+    rooms = [PUBLIC.get(name, name) for name in names if name != "__version__"]
     own = room_of(file)
     return [room for room in rooms if room != own and RANK[room] >= RANK[own]]
 
@@ -142,6 +145,7 @@ def test_the_search_for_upward_imports_finds() -> None:
     source = "def f():\n    from antibackdoor.bench.judge import share"
     assert upward("training/loop.py", source) == ["bench"]
     assert upward("api.py", source) == []
+    assert upward("bench/cell.py", "from antibackdoor import train") == ["api"]
     assert upward("training/loop.py", "if TYPE_CHECKING:\n    from antibackdoor.api import train") == []
     assert names_truth("from antibackdoor.data.core import Truth") and names_truth("def f(x: core.Truth): pass")
     assert not names_truth('"""The truth."""')

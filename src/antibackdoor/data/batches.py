@@ -40,8 +40,8 @@ def gather(data: Data, rows: Tensor, device: torch.device) -> Batch:
 
 
 def steps_per_epoch(n: int, size: int) -> int:
-    """Number of batches an epoch of n samples is cut into."""
-    return math.ceil(n / size)
+    """Number of batches an epoch of n samples is cut into, none of them of one sample."""
+    return max(1, min(math.ceil(n / size), n // 2))
 
 
 def shuffled(data: Data, rows: Tensor, size: int, order: torch.Generator, device: torch.device) -> Iterator[Batch]:

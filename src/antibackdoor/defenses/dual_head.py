@@ -79,7 +79,7 @@ class Dual(Objective):
     def __init__(self, options: E2ABL, job: Job, trap: Trap):
         self.options, self.job, self.trap = options, job, trap
         n = len(job.data)
-        self.isolated_count = round(options.isolation_rate * n)
+        self.isolated_count = max(1, round(options.isolation_rate * n))
         self.recovered_count = min(self.isolated_count, max(options.recovery_floor, round(options.recovery_rate * n)))
         self.partitions: list[Partition] = []
         self.backdoor_class = -1

@@ -76,7 +76,7 @@ class E2ABL(Defense):
     drop_weights: Annotated[Literal["square", "linear", "uniform"], Field(description="weights of Eq. 5")] = "square"
     window: Annotated[Share, Field(description="share of the warm-up's last epochs that `persistence` looks at")] = 1.0
 
-    isolation_rate: Annotated[Share, Field(description="share of all samples in D_p")] = 0.2
+    isolation_rate: Annotated[float, Field(gt=0, le=1, description="share of all samples in D_p, one at least")] = 0.2
     recovery_rate: Annotated[Share, Field(description="share of all samples in D*")] = 0.01
     recovery_floor: Annotated[int, Field(ge=1, description="D* has at least this many samples")] = 8
     refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = (

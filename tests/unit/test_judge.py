@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures, share
+from antibackdoor.data.core import Data, Spec, Truth
+from antibackdoor.defenses import Outcome, Partition
+from tiny import FABRIC
+
+SPEC = Spec("series", (1, 2), ("a", "b", "c"), -9, 9)
+
+
+class Reader(nn.Module):
+    """Answers the class that the first step of a series names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(x[:, 0, 0].long(), 3).float()
+
+
+def saying(answers: list[int], y: list[int], ids: str) -> Data:
+    """A set on which `Reader` gives these answers."""
+    x = torch.zeros(len(y), 1, 2)
+    x[:, 0, 0] = torch.tensor(answers).float()
+    return Data(x, torch.tensor(y), SPEC, list(ids))
+
+
+TEST = saying([0, 0, 1, 0, 1, 2], [0, 0, 1, 1, 1, 2], "abcdef")  # 'd' is confused with the target 0
+TRIGGERED = saying([0, 0, 1, 2], [1, 1, 1, 2], "cdef")
+
+
+def test_attack_measures_by_hand() -> None:
+    got = attack_measures(Reader(), TEST, TRIGGERED, 0, FABRIC)
+    assert got["clean_accuracy"] == {"value": 5 / 6, "count": 5, "n": 6}
+    assert got["clean_accuracy_by_class"]["b"] == {"value": 2 / 3, "count": 2, "n": 3}
+    assert got["clean_accuracy_nontarget"] == {"value": 3 / 4, "count": 3, "n": 4}
+    assert got["attack_success_rate"] == {"value": 2 / 4, "count": 2, "n": 4}
+    assert got["target_confusion_without_trigger"] == {"value": 1 / 4, "count": 1, "n": 4}
+    assert got["excess_attack_success_rate"] == {"value": 1 / 4, "n": 4}
+    assert got["recovery_accuracy"] == {"value": 2 / 4, "count": 2, "n": 4}  # not ASR again: 'e' and 'f'
+
+
+def test_samples_are_matched_by_id_not_by_place() -> None:
+    subset = torch.tensor([3, 1])  # 'f' and 'd': only 'd' is confused without the trigger
+    got = attack_measures(Reader(), TEST, TRIGGERED.take(subset), 0, FABRIC)
+    assert got["target_confusion_without_trigger"] == {"value": 1 / 2, "count": 1, "n": 2}
+    shuffled = attack_measures(Reader(), TEST, TRIGGERED.take(torch.tensor([2, 0, 3, 1])), 0, FABRIC)
+    assert shuffled == attack_measures(Reader(), TEST, TRIGGERED, 0, FABRIC)
+
+
+def test_a_triggered_sample_that_is_not_in_the_test_set_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        attack_measures(Reader(), TEST, replace(TRIGGERED, ids=list("cdex")), 0, FABRIC)
+
+
+def test_share() -> None:
+    assert share(torch.tensor([True, False, True, True])) == {"value": 0.75, "count": 3, "n": 4}
+    nothing = share(torch.zeros(0, dtype=torch.bool))
+    assert nothing == {"value": None, "count": 0, "n": 0}
+    json.dumps(nothing, allow_nan=False)
+
+
+def test_accuracy_leaves_out_classes_without_samples() -> None:
+    test = saying([0, 0], [0, 1], "ab")
+    assert list(accuracy(torch.tensor([0, 0]), test)["clean_accuracy_by_class"]) == ["a", "b"]
+
+
+POISONED = torch.tensor([True, True, False, False, False])
+TRUTH = Truth(POISONED, torch.tensor([False, False, True, False, False]), torch.tensor([1, 2, 1, 0, 0]), 0)
+
+
+def outcome(flagged: list[bool], scores: list[float] | None = None) -> Outcome:
+    suggested = torch.tensor([1, 1, 2, 2, 2]).masked_fill(~torch.tensor(flagged), -1)
+    ranked = torch.tensor(scores or [5.0, 2.0, 3.0, 1.0, 0.0], dtype=torch.float64)
+    return Outcome(nn.Identity(), ranked, torch.zeros(5), torch.tensor(flagged), suggested)
+
+
+def test_detection_measures_by_hand() -> None:
+    got = detection_measures(outcome([True, True, True, False, False]), TRUTH)
+    assert got["flagged_precision"] == {"value": 2 / 3, "count": 2, "n": 3}  # the cover sample counts as clean
+    assert got["flagged_recall"] == {"value": 1.0, "count": 2, "n": 2}
+    assert got["flagged_of_clean"] == {"value": 1 / 3, "count": 1, "n": 3}
+    assert got["suggested_labels_true"] == {"value": 1 / 2, "count": 1, "n": 2}
+    assert got["precision_top_1_percent"] == {"value": 1.0, "count": 1, "n": 1}
+    assert got["auroc"]["value"] == pytest.approx(5 / 6)  # of 6 pairs one is out of order
+    assert got["average_precision"]["value"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_nothing_flagged_can_be_written_as_json() -> None:
+    got = detection_measures(outcome([False] * 5), TRUTH)
+    assert got["flagged_precision"]["value"] is None and got["flagged_recall"]["value"] == 0
+    json.dumps(got, allow_nan=False)
+
+
+def test_clean_data_have_no_auroc() -> None:
+    clean = replace(TRUTH, poisoned=torch.zeros(5, dtype=torch.bool))
+    assert "auroc" not in detection_measures(outcome([True] * 5), clean)
+
+
+def test_partition_measures_by_hand() -> None:
+    partition = Partition(
+        3,
+        isolated=torch.tensor([True, False, True, False, False]),
+        recovered=torch.tensor([True, False, False, False, False]),
+        labels=torch.tensor([1, 0, 0, 0, 0]),
+    )
+    got = partition_measures(partition, torch.arange(5.0), TRUTH)
+    assert got["epoch"] == 3
+    assert got["precision_clean_set"] == {"value": 2 / 3, "count": 2, "n": 3}
+    assert got["recall_isolated_set"] == {"value": 1 / 2, "count": 1, "n": 2}
+    assert got["true_labels_recovered"] == {"value": 1.0, "count": 1, "n": 1}
+    assert got["labels_moved_off_target"] == {"value": 1.0, "count": 1, "n": 1}
+    assert got["poison_among_recovered"] == {"value": 1.0, "count": 1, "n": 1}
