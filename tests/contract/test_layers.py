@@ -31,7 +31,8 @@ LAYERS = [
     {"report"},
     {"runs"},
     {"api"},
-    {"demo", "estimator", "poisoning", "review", "scan"},
+    {"estimator", "experiments", "listing", "progress", "review", "scan", "summary"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]
