@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from antibackdoor import __version__
+import antibackdoor
 from antibackdoor.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"antibackdoor {__version__}")
+        typer.echo(f"antibackdoor {antibackdoor.__version__}")
         raise typer.Exit
 
 
@@ -155,8 +155,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
-    from antibackdoor import load
-    from antibackdoor import train as run
+    from antibackdoor.api import train as run
+    from antibackdoor.data.load import load
     from antibackdoor.experiments import read_experiment
     from antibackdoor.progress import show
 
@@ -243,7 +243,7 @@ def poison(
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
-    from antibackdoor import load
+    from antibackdoor.data.load import load
     from antibackdoor.experiments import check_free, write_poisoned
     from antibackdoor.experiments import poison as make
 
