@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antibackdoor.api import Experiment, Result, train
+    from antibackdoor.api import Result, train
+    from antibackdoor.bench.judge import Experiment
     from antibackdoor.data.core import Data, Spec, Splits
     from antibackdoor.data.load import load
     from antibackdoor.errors import InputError
@@ -17,7 +18,7 @@ __all__ = ["Data", "Experiment", "InputError", "Result", "Spec", "Splits", "load
 
 _ROOMS = {
     "Data": "data.core",
-    "Experiment": "api",
+    "Experiment": "bench.judge",
     "InputError": "errors",
     "Result": "api",
     "Spec": "data.core",

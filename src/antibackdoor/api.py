@@ -13,8 +13,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures
-from antibackdoor.data.core import Data, Spec, Splits, Truth, check_trainable
+from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
+from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
@@ -30,14 +30,6 @@ from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What only an experiment knows: which samples are poisoned, and a triggered test set. Read by the judge alone."""
-
-    truth: Truth
-    triggered: Data
 
 
 @dataclass(frozen=True)

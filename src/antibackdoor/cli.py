@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from antibackdoor import __version__
+import antibackdoor
 from antibackdoor.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"antibackdoor {__version__}")
+        typer.echo(f"antibackdoor {antibackdoor.__version__}")
         raise typer.Exit
 
 
@@ -155,9 +155,9 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
-    from antibackdoor import load
-    from antibackdoor import train as run
-    from antibackdoor.experiments import read_experiment
+    from antibackdoor.api import train as run
+    from antibackdoor.bench.poisoned import read_experiment
+    from antibackdoor.data.load import load
     from antibackdoor.progress import show
 
     chosen = _settings(settings)
@@ -243,9 +243,9 @@ def poison(
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
-    from antibackdoor import load
-    from antibackdoor.experiments import check_free, write_poisoned
-    from antibackdoor.experiments import poison as make
+    from antibackdoor.bench.poisoned import check_free, write_poisoned
+    from antibackdoor.bench.poisoned import poison as make
+    from antibackdoor.data.load import load
 
     chosen = _settings(settings)
     chosen |= {name: value for name, value in (("rate", rate), ("target", target)) if value is not None}
@@ -293,6 +293,46 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     from antibackdoor.report import build_report
 
     typer.echo(str(build_report(folder)))
+
+
+@app.command()
+def bench(
+    grid: Annotated[Path | None, typer.Argument(metavar="GRID.toml", help="Which cells to run.")] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The ledger: one JSON a cell; what is there is not run again.")
+    ] = Path("results"),
+    plan: Annotated[bool, typer.Option("--plan", help="Only tell which cells are done and which are missing.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Only print the tables of the ledger, in Markdown.")] = False,
+    stages: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where checkpoints of unfinished cells are kept (OUT/.stages).")
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of attacks x defenses x models x data sets x seeds, one cell after the other; resumable."""
+    from antibackdoor.bench.grid import read_grid
+    from antibackdoor.bench.ledger import detection_table, markdown, read_ledger, run_cells
+    from antibackdoor.bench.ledger import table as summary
+    from antibackdoor.progress import show
+
+    cells = [] if grid is None else read_grid(grid)
+    if grid is None and not table:
+        raise InputError("give a grid to run, or --table to see what the ledger holds.")
+    broken = 0
+    if plan:
+        for cell in cells:
+            typer.echo(f"{'done   ' if (out / f'{cell.name()}.json').exists() else 'missing'} {cell.name()}")
+        return
+    if not table:
+        with show(_console(stderr=True, quiet=quiet), quiet=quiet) as progress:
+            broken = run_cells(
+                cells, out, stages=stages or out / ".stages", device=device, progress=progress, tell=typer.echo
+            )
+    records = read_ledger(out)
+    for frame in (summary(records), detection_table(records)):
+        typer.echo(markdown(frame))
+    if broken:
+        raise InputError(f"{broken} of {len(cells)} cells broke; their *.error.json in {out} tell why.")
 
 
 @app.command()

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from antibackdoor.api import Result, train
+from antibackdoor.bench.poisoned import check_free, poison, write_poisoned
 from antibackdoor.data.load import load
 from antibackdoor.defenses import make_defense
-from antibackdoor.experiments import check_free, poison, write_poisoned
 from antibackdoor.files import write_json
 from antibackdoor.progress import show
 from antibackdoor.report import build_report

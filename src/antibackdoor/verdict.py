@@ -35,17 +35,28 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
     if evidence["backdoor_class"] < 0:
         return Verdict(False, 0.0, evidence=["No class was singled out, so nothing was judged."])
     name = data.spec.classes[evidence["backdoor_class"]]
-    first, second = evidence["disagree_in_suspicious_half"], evidence["disagree_in_other_half"]
-    more, less = (_lower(first), _upper(second)) if first["n"] and second["n"] else (0.0, 1.0)
+    more, less, rest = (evidence[f"disagree_in_{part}"] for part in ("suspicious_half", "other_half", "rest_of_class"))
+    asked = {"count": more["count"] + less["count"], "n": more["n"] + less["n"]}
+    if not (more["n"] and less["n"] and rest["n"]):
+        return Verdict(False, 0.0, evidence=[f"Too few samples are labeled {name!r} to judge them."])
     sentences = [
-        f"The shallow layers tie {first['n'] + second['n']} samples most closely to the class {name!r}. The main model "
-        "was trained without them and then asked.",
-        f"It takes {first['count']} of the {first['n']} more suspicious ones, and {second['count']} of the "
-        f"{second['n']} less suspicious ones, for other classes. In clean data the first share is the smaller one.",
+        f"The shallow layers tie {asked['n']} samples most closely to the class {name!r}. The main model was trained "
+        f"without them and then asked: it takes {asked['count']} of them for other classes, against {rest['count']} of "
+        f"the {rest['n']} samples of that class that it was trained with.",
+        f"Among the more suspicious half it is {more['count']} of {more['n']}, among the other half {less['count']} of "
+        f"{less['n']}. In clean data what is learned first is the easiest, so the first share is the smaller one.",
     ]
-    if more <= less:
-        return Verdict(False, _sure(less - more), [], 0.0, sentences)
-    return Verdict(True, _sure(more - less), [name], evidence["flagged"] / len(data), sentences)
+    known = _upper(rest)
+    many = _lower(asked) - max(known, MANY)
+    concentrated = _lower(more) - max(known, _upper(less))
+    gap = max(many, concentrated)
+    if gap <= 0:
+        return Verdict(False, _sure(-gap), [], 0.0, sentences)
+    return Verdict(True, _sure(gap), [name], evidence["flagged"] / len(data), sentences)
+
+
+MANY = 0.4
+"""A clean class of which the main model takes more than this share for others, unseen, would be no class at all."""
 
 
 def _lower(part: dict[str, int], z: float = 1.64) -> float:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from antibackdoor import load
-from antibackdoor.experiments import poison, read_experiment
+from antibackdoor.bench.poisoned import poison, read_experiment
 from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, write_images, write_series
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -31,7 +31,7 @@ LAYERS = [
     {"report"},
     {"runs"},
     {"api"},
-    {"experiments", "listing", "progress", "summary"},
+    {"estimator", "listing", "progress", "review", "scan", "summary"},
     {"demo"},
     {"cli"},
 ]

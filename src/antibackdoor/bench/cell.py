@@ -12,12 +12,14 @@ from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
-from antibackdoor.data.core import Data, Truth
+from antibackdoor.bench.poisoned import poison
+from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
 from antibackdoor.defenses import make_defense
 from antibackdoor.environment import environment
+from antibackdoor.errors import InputError
 from antibackdoor.options import build, options, values
-from antibackdoor.seeds import derive, generator
+from antibackdoor.seeds import generator
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -75,17 +77,13 @@ def run_cell(
     folder: where its stages are kept, so that a killed cell goes on.
     """
     splits = load(cell.data)
-    clean, test = subset(splits.train, cell.train_size), splits.test
-    assert test is not None, "catalog sets have a test set"
-    fabric = make_fabric(device)
-    data, truth, triggered = clean, None, None
+    splits = Splits(subset(splits.train, cell.train_size), splits.test)
+    if splits.test is None:
+        raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
+    fabric, experiment, data = make_fabric(device), None, splits.train
     if cell.attack != "none":
-        attack = build(ATTACKS[cell.attack].make, cell.attack_options, f"attack {cell.attack}")
-        seed = derive(cell.seed, "attack", cell.attack) & 0x7FFFFFFF
-        state = attack.fit(clean, Job(clean, model=cell.model, seed=seed, fabric=fabric))
-        data, truth = attack.poison(clean, state, seed)
-        triggered = attack.triggered(test, state)
-
+        poisoned = poison(splits, cell.attack, cell.attack_options, seed=cell.seed)
+        data, experiment = poisoned.splits.train, poisoned.experiment
     job = Job(
         data, model=cell.model, seed=cell.seed, fabric=fabric, folder=folder, progress=progress, epochs=cell.epochs
     )
@@ -98,11 +96,13 @@ def run_cell(
         "threads": torch.get_num_threads(),
     }
     measures: dict[str, Any]
-    if truth is None or triggered is None:
-        measures = accuracy(logits_of(outcome.model, test, fabric).argmax(1), test)
-        truth = Truth(torch.zeros(len(data), dtype=torch.bool), torch.zeros(len(data), dtype=torch.bool), clean.y, -1)
+    if experiment is None:
+        none = torch.zeros(len(data), dtype=torch.bool)
+        truth = Truth(none, none, data.y.cpu(), -1)
+        measures = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
     else:
-        measures = attack_measures(outcome.model, test, triggered, truth.target, fabric)
+        truth = experiment.truth
+        measures = attack_measures(outcome.model, splits.test, experiment.triggered, truth.target, fabric)
     measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import logits_of
 
 Measure = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What only an experiment knows: which samples are poisoned, and a triggered test set. Read by the judge alone."""
+
+    truth: Truth
+    triggered: Data
 
 
 def share(hits: Tensor) -> Measure:

@@ -67,30 +67,80 @@ def read_ledger(ledger: Path) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each (data, size, model, attack, defense): means with standard deviations over n seeds, in per cent.
+    """One row for each (data, size, model, attack, defense): mean and standard deviation over n seeds, in per cent.
 
-    Rows whose attack stays under its gate without a defense say "attack did not take"; where no undefended cell is in
-    the ledger they say so.
+    Rows of attacks that stay under their gate without a defense say "attack did not take"; where the undefended cell is
+    not in the ledger, they say so.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        cell = record["cell"]
-        chosen = {k: cell["attack_options"].get(k) for k in sorted(cell["attack_options"])}
-        variant = _variant(cell)
-        key = (cell["data"], cell["train_size"], cell["model"], cell["attack"], str(chosen), variant)
-        groups.setdefault(key, []).append(record)
+    groups = _groups(records)
     rows = []
-    for key, members in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
-        data, size, model, attack, settings, variant = key
-        row: dict[str, Any] = {"data": data, "training samples": size or "all", "model": model, "attack": attack}
-        row["defense"] = variant
+    for key, members in groups.items():
+        row = _labels(key)
         for short, long in COLUMNS.items():
-            row[short] = _mean([m["measures"][long]["value"] for m in members if long in m["measures"]])
+            row[short] = _mean(_values(members, long))
         row["seconds"] = f"{statistics.mean(m['cost']['seconds'] for m in members):.0f}"
         row["n"] = len(members)
-        row["gate"] = _gate(groups.get((data, size, model, attack, settings, "none")), attack)
+        row["gate"] = _gate(groups.get((*key[:-1], "none")), key[3])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+DETECTION = {
+    "precision clean set": "precision_clean_set",
+    "precision top 1 %": "precision_top_1_percent",
+    "recall isolated set": "recall_isolated_set",
+    "true labels recovered": "true_labels_recovered",
+}
+
+
+def detection_table(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """As the paper's Table II: the partition at the end of training; one row a group, over n seeds, in per cent."""
+    rows = []
+    for key, members in _groups(records).items():
+        split = [m for m in members if m["measures"].get("partitions") and m["measures"]["poisoned_samples"]["count"]]
+        if not split:
+            continue
+        row = _labels(key)
+        for short, long in DETECTION.items():
+            last = [{"measures": m["measures"]["partitions"][-1]} for m in split]
+            row[short] = _mean(_values(last, long))
+        for long in ("flagged_precision", "flagged_recall"):
+            row[long.replace("_", " ")] = _mean(
+                _values([{"measures": m["measures"]["detection"]} for m in split], long)
+            )
+        row["n"] = len(split)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame of short texts as a Markdown table."""
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+Key = tuple[Any, ...]
+
+
+def _groups(records: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    """Records that differ in their seed only, by (data, size, model, attack, attack settings, defense)."""
+    groups: dict[Key, list[dict[str, Any]]] = {}
+    for record in records:
+        cell = record["cell"]
+        settings = str(sorted(cell["attack_options"].items()))
+        key = (cell["data"], cell["train_size"], cell["model"], cell["attack"], settings, _variant(cell))
+        groups.setdefault(key, []).append(record)
+    return dict(sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))))
+
+
+def _labels(key: Key) -> dict[str, Any]:
+    data, size, model, attack, _, variant = key
+    return {"data": data, "training samples": size or "all", "model": model, "attack": attack, "defense": variant}
+
+
+def _values(records: list[dict[str, Any]], measure: str) -> list[float]:
+    found = [record["measures"][measure]["value"] for record in records if measure in record["measures"]]
+    return [value for value in found if value is not None]
 
 
 def _variant(cell: dict[str, Any]) -> str:

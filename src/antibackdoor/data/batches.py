@@ -30,11 +30,9 @@ def to_device(data: Data, device: torch.device) -> Data:
 
 
 def gather(data: Data, rows: Tensor, device: torch.device) -> Batch:
-    """One decoded batch of these rows; images in channels-last memory layout."""
+    """One decoded batch of these rows."""
     rows = rows.to(device)
     x = data.spec.decode(data.x[rows].to(device, non_blocking=True))
-    if data.spec.kind == "image":
-        x = x.contiguous(memory_format=torch.channels_last)
     lengths = None if data.lengths is None else data.lengths[rows]
     return Batch(x, data.y[rows], rows, lengths)
 

@@ -78,54 +78,68 @@ class Dual(Objective):
 
     def __init__(self, options: E2ABL, job: Job, trap: Trap):
         self.options, self.job, self.trap = options, job, trap
-        n = len(job.data)
+        self.given = job.data.y.cpu()
+        n = len(self.given)
         self.isolated_count = max(1, round(options.isolation_rate * n))
         self.recovered_count = min(self.isolated_count, max(options.recovery_floor, round(options.recovery_rate * n)))
         self.partitions: list[Partition] = []
         self.backdoor_class = -1
         self.asked: Tensor | None = None  # what h1 first said of isolated samples labeled y_b, -1 elsewhere
+        self.rest = [0, 0]  # how many of the other samples labeled y_b it took for another class then, of how many
 
-    def partition(self, tap: nn.Module, epoch: int) -> None:
+    def partition(self, tap: Tap, epoch: int) -> None:
         """Split by the ranking as it stands and, once h1 has learned something, recover labels from it."""
-        o, given = self.options, self.job.data.y.cpu()
-        isolated = torch.zeros(len(given), dtype=torch.bool)
-        suspects = torch.zeros(len(given), dtype=torch.bool)
-        if not (o.warm_up is None and epoch == 0):  # without a warm-up nothing is known before the first epoch
-            order = top(self.trap.ranking.scores(), self.isolated_count)
-            first = order[: self.recovered_count]
-            answers = logits_of(tap, self.job.data, self.job.fabric, first, call=second_logits).argmax(1)
-            self.backdoor_class = int(answers.mode().values)
-            isolated[order] = True
-            predominance = float((given[first] == self.backdoor_class).double().mean())
-            if predominance >= o.predominance:
-                suspects[order if o.remainder == "recover" else first] = True
-            if o.recover_only_backdoor_label:
-                suspects &= given == self.backdoor_class
-            if o.remainder in {"return", "agree"}:
-                isolated &= (given == self.backdoor_class) | suspects
-        of_class = (given == self.backdoor_class).nonzero().flatten()
-        probation = torch.zeros(len(given), dtype=torch.bool)
-        if o.remainder == "agree" and len(of_class):
-            scores = self.trap.ranking.scores()[of_class]
-            probation[of_class[top(scores, round(o.probation * len(of_class)))]] = True
-            probation &= ~isolated
-            isolated |= probation
-        ready = self._ready(epoch)
-        labels, recovered = given.clone(), suspects.clone()
-        if ready and isolated.any():
-            rows = isolated.nonzero().flatten()
-            logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)  # type: ignore[arg-type]
-            answer = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
+        isolated, suspects, probation = self._isolate(tap, epoch)
+        recovered, labels = suspects.clone(), self.given.clone()
+        if self._ready(epoch) and isolated.any():
             if self.asked is None:
-                self.asked = answer.masked_fill(given != self.backdoor_class, -1)
-            if o.remainder == "agree":
-                # Asked once: later h1 would only repeat what it was taught since.
+                self._ask(tap, isolated)
+            assert self.asked is not None
+            if self.options.remainder == "agree":
                 recovered |= (self.asked >= 0) & (self.asked != self.backdoor_class)
                 isolated &= ~(probation & (self.asked == self.backdoor_class))
+            rows = recovered.nonzero().flatten()
+            logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)
             logits[:, self.backdoor_class] = -torch.inf
-            other = torch.full_like(given, -1).index_copy(0, rows, logits.argmax(1))
-            labels = torch.where(recovered, other, labels)
+            labels[rows] = logits.argmax(1)
         self._set(Partition(epoch, isolated, recovered, labels))
+
+    def _isolate(self, tap: Tap, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """D_p; what is recovered of it in any case; what returns from it if h1 agrees with its label."""
+        o = self.options
+        isolated, suspects, probation = (torch.zeros(len(self.given), dtype=torch.bool) for _ in range(3))
+        if o.warm_up is None and epoch == 0:  # nothing is known before the first epoch
+            return isolated, suspects, probation
+        scores = self.trap.ranking.scores()
+        order = top(scores, self.isolated_count)
+        first = order[: self.recovered_count]
+        answers = logits_of(tap, self.job.data, self.job.fabric, first, call=second_logits).argmax(1)
+        self.backdoor_class = int(answers.mode().values)
+        of_class = self.given == self.backdoor_class
+        isolated[order] = True
+        if float(of_class[first].double().mean()) >= o.predominance:
+            suspects[order if o.remainder == "recover" else first] = True
+        if o.recover_only_backdoor_label:
+            suspects &= of_class
+        if o.remainder in {"return", "agree"}:
+            isolated &= of_class | suspects
+        if o.remainder == "agree":
+            rows = of_class.nonzero().flatten()
+            probation[rows[top(scores[rows], round(o.probation * len(rows)))]] = True
+            probation &= ~isolated
+        return isolated | probation, suspects, probation
+
+    def _ask(self, tap: Tap, isolated: Tensor) -> None:
+        """What h1 says of all samples labeled y_b, before it is taught any recovered label.
+
+        Asked once: later it would only repeat what it was taught since.
+        """
+        rows = (self.given == self.backdoor_class).nonzero().flatten()
+        answers = logits_of(tap.backbone, self.job.data, self.job.fabric, rows).argmax(1)
+        self.asked = torch.full_like(self.given, -1)
+        self.asked[rows] = torch.where(isolated[rows], answers, -1)
+        rest = answers[~isolated[rows]]
+        self.rest = [int((rest != self.backdoor_class).sum()), len(rest)]
 
     def _ready(self, epoch: int) -> bool:
         """Whether h1 has seen enough to be asked for the true classes of D*."""
@@ -160,6 +174,7 @@ class Dual(Objective):
         before = self.partitions[-1].isolated
         if self.options.refresh == "epoch":
             self.trap.ranking.add(records["second"])
+        assert isinstance(model, Tap)
         self.partition(model, epoch)
         return {
             "main_loss": float(torch.nanmean(records["main"])),
@@ -175,12 +190,14 @@ class Dual(Objective):
             "partitions": kept,
             "backdoor_class": self.backdoor_class,
             "asked": self.asked,
+            "rest": self.rest,
         }
 
     def load(self, state: Tree) -> None:
         """Back to the last partition, used as it was."""
         self.trap.ranking.load(state["ranking"])
         self.backdoor_class, self.asked = state["backdoor_class"], state["asked"]
+        self.rest = state["rest"]
         kept = [Partition(*values) for values in state["partitions"]]
         self.partitions = kept[:-1]
         self._set(kept[-1])
@@ -190,4 +207,7 @@ class Dual(Objective):
         logits = logits_of(tap.backbone, self.job.data, self.job.fabric)
         scores, last = self.trap.ranking.scores(), self.partitions[-1]
         asked = torch.full_like(last.labels, -1) if self.asked is None else self.asked
-        return suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)
+        found = suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)
+        found.evidence["disagree_in_rest_of_class"] = {"count": self.rest[0], "n": self.rest[1]}
+        found.evidence["parameters"] = tap.parameter_counts()
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from antibackdoor.data.core import Spec
@@ -72,7 +73,10 @@ def create(name: str, spec: Spec, *, width: int | None = None) -> nn.Module:
         raise InputError(f"model {name!r} does not take data of kind {spec.kind!r}; choose one of: {fit}.")
     if width is not None and width < 1:
         raise InputError(f"the width of model {name!r} must be at least 1, got {width}.")
-    return entry.make(spec) if width is None else entry.make(spec, width=width)
+    model = entry.make(spec) if width is None else entry.make(spec, width=width)
+    # Faster for images, on CPU and GPU alike; but with other numbers of channels oneDNN (torch 2.15) corrupts the heap.
+    even = all(m.out_channels % 8 == 0 for m in model.modules() if isinstance(m, nn.Conv2d))
+    return model.to(memory_format=torch.channels_last) if spec.kind == "image" and even else model
 
 
 def set_normalization(model: nn.Module, mean: Tensor, std: Tensor) -> None:

@@ -67,7 +67,7 @@ class Tap(nn.Module):
         self.at = choose_tap(candidates) if at is None else at
         if self.at not in {c.name for c in candidates}:
             raise unknown("block", self.at, [c.name for c in candidates])
-        self.backbone = model
+        self.backbone: nn.Module = model
         self.shared = shared
         self._stem, features = self._trace(example, lengths)
         self._check_cut(example, lengths)

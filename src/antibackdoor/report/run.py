@@ -90,20 +90,22 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _suspects(path: Path) -> Suspects:
-    """Labels as categories and three columns only, so that millions of samples stay cheap."""
+    """Three columns only, so that millions of samples stay cheap."""
     # A class may be called "NA" or "null": nothing but numbers is converted, and no word means "missing".
     options: dict[str, Any] = {"keep_default_na": False, "encoding_errors": "backslashreplace"}
-    dtype: dict[str, Any] = {"label": "category", "score": "float64", "flagged": "category"}
+    # Not "category": which values that converts to numbers or booleans depends on the version of pandas.
+    dtype: dict[str, Any] = {"label": "str", "score": "float64", "flagged": "str"}
     try:
         table = pd.read_csv(path, usecols=list(dtype), dtype=dtype, **options)
         first = pd.read_csv(path, nrows=SHOWN, dtype=str, **options).to_dict("records")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
+    labels = table["label"].astype("category")
     return Suspects(
         score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
         flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
-        label=table["label"].cat.codes.to_numpy(dtype=np.int64),
-        classes=[str(name) for name in table["label"].cat.categories],
+        label=labels.cat.codes.to_numpy(dtype=np.int64),
+        classes=[str(name) for name in labels.cat.categories],
         first=[{str(key): str(value) for key, value in row.items()} for row in first],
     )
 

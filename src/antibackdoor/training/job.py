@@ -83,8 +83,7 @@ class Job:
         else:
             model = create(self._model, self.data.spec)
             set_normalization(model, *self._statistics())
-        model = model.to(self.fabric.device)
-        return model.to(memory_format=torch.channels_last) if self.data.spec.kind == "image" else model
+        return model.to(self.fabric.device)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over (at most 4,096 of) the samples, padding left out."""

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from antibackdoor.api import Experiment
 from antibackdoor.attacks import ATTACKS
+from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.images import load_folder
