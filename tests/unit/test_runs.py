@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import decide
 from tiny import FABRIC
 from toy import toy_images, toy_series
+
+Part = tuple[int, int]
 
 
 def test_a_folder_is_taken_up_only_by_the_same_run(tmp_path: Path) -> None:
@@ -109,49 +112,51 @@ def test_a_module_of_ones_own_is_loaded_into_an_instance(tmp_path: Path) -> None
     assert loaded is fresh and torch.equal(fresh[1].weight, own[1].weight)
 
 
-def outcome(first: tuple[int, int], second: tuple[int, int], flagged: int, backdoor_class: int = 2) -> Outcome:
+def outcome(more: Part, less: Part, rest: Part, backdoor_class: int = 2) -> Outcome:
+    """What a defense hands back whose main head disagrees with these (count, n) of the three parts of a class."""
     zeros = torch.zeros(80, dtype=torch.float64)
-    halves = [{"count": count, "n": n} for count, n in (first, second)]
-    evidence = {
-        "backdoor_class": backdoor_class,
-        "disagree_in_suspicious_half": halves[0],
-        "disagree_in_other_half": halves[1],
-        "flagged": flagged,
+    names = ("suspicious_half", "other_half", "rest_of_class")
+    parts = {
+        f"disagree_in_{name}": {"count": count, "n": n}
+        for name, (count, n) in zip(names, (more, less, rest), strict=True)
     }
+    evidence = {"backdoor_class": backdoor_class, "flagged": 20, **parts}
     return Outcome(nn.Identity(), zeros, zeros, zeros > 0, zeros.long() - 1, evidence=evidence)
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "poisoned"),
+    ("more", "less", "rest", "poisoned"),
     [
-        ((40, 40), (1, 40), True),
-        ((20, 23), (0, 23), True),
-        ((20, 40), (20, 40), False),
-        ((1, 40), (10, 40), False),
-        ((3, 40), (1, 40), False),  # more, but not surely more
-        ((1, 1), (0, 1), False),
-        ((0, 0), (0, 0), False),
+        ((40, 40), (1, 40), (0, 40), True),  # concentrated where the suspicion is
+        ((20, 23), (0, 23), (1, 30), True),
+        ((38, 40), (38, 40), (2, 40), True),  # nearly all of those asked
+        ((38, 40), (38, 40), (38, 40), False),  # but a class that is hard to tell is no evidence
+        ((4, 40), (4, 40), (4, 40), False),
+        ((1, 40), (10, 40), (1, 40), False),
+        ((3, 40), (1, 40), (1, 40), False),  # more, but not surely more
+        ((1, 1), (0, 1), (0, 1), False),
     ],
 )
-def test_verdict(first: tuple[int, int], second: tuple[int, int], poisoned: bool) -> None:
-    verdict = decide(toy_images(80), outcome(first, second, 20))
+def test_verdict(more: Part, less: Part, rest: Part, poisoned: bool) -> None:
+    verdict = decide(toy_images(80), outcome(more, less, rest))
     assert verdict.poisoned == poisoned and 0 <= verdict.confidence <= 0.99
     assert verdict.target_classes == (["class 2"] if poisoned else [])
     assert verdict.estimated_rate == (0.25 if poisoned else 0)
-    assert str(first[0]) in verdict.evidence[1] and json.dumps(verdict.as_json())
+    assert f"{more[0]} of {more[1]}" in verdict.evidence[1] and json.dumps(verdict.as_json())
 
 
 def test_clear_evidence_makes_sure() -> None:
     data = toy_images(80)
-    sure = [decide(data, outcome((count, 40), (1, 40), 20)).confidence for count in (12, 25, 40)]
+    sure = [decide(data, outcome((count, 40), (1, 40), (1, 40))).confidence for count in (12, 25, 40)]
     assert sure == sorted(sure) and sure[0] < sure[2]
 
 
 def test_no_evidence_finds_nothing_and_says_so() -> None:
     zeros = torch.zeros(80, dtype=torch.float64)
     nothing = decide(toy_images(80), Outcome(nn.Identity(), zeros, zeros, zeros > 0, zeros.long() - 1))
-    unclear = decide(toy_images(80), outcome((0, 0), (0, 0), 0, backdoor_class=-1))
-    for verdict in (nothing, unclear):
+    unclear = decide(toy_images(80), outcome((0, 0), (0, 0), (0, 0), backdoor_class=-1))
+    few = [decide(toy_images(80), outcome(*parts)) for parts in permutations([(1, 1), (1, 1), (0, 0)])]
+    for verdict in (nothing, unclear, *few):
         assert not verdict.poisoned and verdict.confidence == 0 and len(verdict.evidence) == 1
 
 
