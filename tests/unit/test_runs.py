@@ -109,15 +109,17 @@ def test_a_module_of_ones_own_is_loaded_into_an_instance(tmp_path: Path) -> None
     assert loaded is fresh and torch.equal(fresh[1].weight, own[1].weight)
 
 
-def outcome(first: tuple[int, int], second: tuple[int, int], flagged: int, backdoor_class: int = 2) -> Outcome:
+def outcome(
+    first: tuple[int, int],
+    second: tuple[int, int],
+    flagged: int,
+    rest: tuple[int, int] = (1, 40),
+    backdoor_class: int = 2,
+) -> Outcome:
     zeros = torch.zeros(80, dtype=torch.float64)
-    halves = [{"count": count, "n": n} for count, n in (first, second)]
-    evidence = {
-        "backdoor_class": backdoor_class,
-        "disagree_in_suspicious_half": halves[0],
-        "disagree_in_other_half": halves[1],
-        "flagged": flagged,
-    }
+    parts = {"suspicious_half": first, "other_half": second, "rest_of_class": rest}
+    shares = {f"disagree_in_{part}": {"count": count, "n": n} for part, (count, n) in parts.items()}
+    evidence = {"backdoor_class": backdoor_class, "flagged": flagged, **shares}
     return Outcome(nn.Identity(), zeros, zeros, zeros > 0, zeros.long() - 1, evidence=evidence)
 
 
@@ -126,11 +128,11 @@ def outcome(first: tuple[int, int], second: tuple[int, int], flagged: int, backd
     [
         ((40, 40), (1, 40), True),
         ((20, 23), (0, 23), True),
-        ((20, 40), (20, 40), False),
+        ((30, 40), (30, 40), True),  # most of the class, however spread
+        ((12, 40), (12, 40), False),  # some of it, evenly: hard samples
         ((1, 40), (10, 40), False),
         ((3, 40), (1, 40), False),  # more, but not surely more
         ((1, 1), (0, 1), False),
-        ((0, 0), (0, 0), False),
     ],
 )
 def test_verdict(first: tuple[int, int], second: tuple[int, int], poisoned: bool) -> None:
@@ -139,6 +141,17 @@ def test_verdict(first: tuple[int, int], second: tuple[int, int], poisoned: bool
     assert verdict.target_classes == (["class 2"] if poisoned else [])
     assert verdict.estimated_rate == (0.25 if poisoned else 0)
     assert str(first[0]) in verdict.evidence[1] and json.dumps(verdict.as_json())
+
+
+def test_a_main_model_that_does_not_know_the_class_accuses_nobody() -> None:
+    assert decide(toy_images(80), outcome((38, 40), (35, 40), 20)).poisoned
+    assert not decide(toy_images(80), outcome((38, 40), (35, 40), 20, rest=(36, 40))).poisoned
+
+
+def test_too_few_samples_are_not_judged() -> None:
+    for parts in (((0, 0), (0, 0), 0), ((9, 9), (9, 9), 9, (0, 0))):
+        verdict = decide(toy_images(80), outcome(*parts))
+        assert not verdict.poisoned and verdict.confidence == 0 and "Too few" in verdict.evidence[0]
 
 
 def test_clear_evidence_makes_sure() -> None:
