@@ -17,7 +17,7 @@ from antibackdoor.training.loop import Progress, Recipe
 FABRIC = make_fabric("cpu", "32-true")
 
 
-def short(defense: str, epochs: int = 3) -> dict[str, Any]:
+def short(defense: str, epochs: int = 5) -> dict[str, Any]:
     """Settings that give every stage of a defense this many epochs and no floor of steps."""
     method = make_defense(defense)
     stages = [field.name for field in dataclasses.fields(method) if isinstance(getattr(method, field.name), Recipe)]  # type: ignore[arg-type]

@@ -87,14 +87,6 @@ def test_sig_columns_in_training_and_at_test() -> None:
     )
 
 
-@pytest.mark.parametrize(("grey", "side"), [(250, "bright"), (5, "dark")])
-def test_a_value_out_of_range_is_clipped_and_does_not_wrap(grey: int, side: str) -> None:
-    data = images(torch.full((4, 1, 2, 8), grey, dtype=torch.uint8))
-    out = Sig(frequency=1, delta=100).triggered(data, {}).x[torch.arange(2)].int()
-    assert (out[..., 1:4] == 255).all() if side == "bright" else (out[..., 5:8] == 0).all()
-    assert (out - grey).abs().max() <= 100
-
-
 def test_sig_series_formula() -> None:
     data = Data(torch.zeros(2, 1, 4), torch.tensor([0, 1]), Spec("series", (1, 4), ("a", "b"), -9, 9), ["0", "1"])
     out = Sig(frequency=1, amplitude=0.5).triggered(data, {"std": torch.tensor([2.0])}).x[torch.arange(1)]

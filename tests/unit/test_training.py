@@ -17,6 +17,7 @@ from antibackdoor.defenses import Partition
 from antibackdoor.defenses.dual_head import Dual, Trap
 from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.errors import InputError
+from antibackdoor.files import load_state, save_state
 from antibackdoor.models import create
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job, make_fabric
@@ -207,6 +208,17 @@ def test_dual_loss_is_equation_4(kind: str, control: str, sign: int) -> None:
         control == "nothing",
         False,
     ]
+
+
+def test_dual_training_goes_on_from_its_state(tmp_path: Path) -> None:
+    one, two = Scene("image"), Scene("image")
+    one.dual.backdoor_class, one.dual.asked = 3, torch.arange(8)
+    one.dual._set(Partition(1, ~Scene.isolated, ~Scene.recovered, one.labels.flip(0)))
+    save_state(tmp_path / "state", one.dual.state())
+    two.dual.load(load_state(tmp_path / "state"))
+    for name in ("asked", "in_main", "labels", "isolated", "sign"):
+        assert torch.equal(getattr(two.dual, name), getattr(one.dual, name)), name
+    assert two.dual.backdoor_class == 3 and [p.epoch for p in two.dual.partitions] == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["image", "series"])
