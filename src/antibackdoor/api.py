@@ -20,7 +20,7 @@ from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import atomically, write_json
-from antibackdoor.models import create
+from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
 from antibackdoor.runs import open_folder, save_gallery, save_model
@@ -133,7 +133,7 @@ def train(
         verdict=decide(splits.train, outcome),
         metrics=_metrics(splits, outcome, job, experiment, fabric),
         history=job.history,
-        architecture=model if isinstance(model, str) else None,
+        architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
         data=splits.train,
         environment=environment(fabric),
     )

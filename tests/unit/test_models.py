@@ -3,7 +3,7 @@ import torch
 
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
-from antibackdoor.models import AUTO, create, set_normalization
+from antibackdoor.models import AUTO, create, resolve, set_normalization
 from antibackdoor.models.layers import ConvNorm, Normalize, start
 
 IMAGE = Spec("image", (3, 8, 8), ("a", "b"))
@@ -32,14 +32,19 @@ def test_width_by_suffix_or_option():
 @pytest.mark.parametrize("spec", [IMAGE, SERIES])
 def test_auto(spec):
     with torch.device("meta"):
-        name, width = AUTO[spec.kind]
-        assert parameters(create("auto", spec)) == parameters(create(name, spec, width=width))
-        assert parameters(create("auto-w4", spec)) == parameters(create(name, spec, width=4))
+        assert parameters(create("auto", spec)) == parameters(create(AUTO[spec.kind], spec))
+        assert parameters(create("auto-w4", spec)) == parameters(create("resnet18", spec, width=4))
+    assert resolve("auto", spec) == AUTO[spec.kind] and resolve("resnet34", spec) == "resnet34"
 
 
 @pytest.mark.parametrize(
     ("name", "width", "message"),
-    [("resnet81", None, "did you mean 'resnet18'"), ("resnet18-w0", None, "at least 1"), ("resnet18-w4", 4, "already")],
+    [
+        ("resnet81", None, "did you mean 'resnet18'"),
+        ("resnet18-w0", None, "in 1..1024"),
+        ("resnet18-w99999", None, "in 1..1024"),
+        ("resnet18-w4", 4, "already"),
+    ],
 )
 def test_bad_names(name, width, message):
     with pytest.raises(InputError, match=message):

@@ -15,7 +15,7 @@ from antibackdoor.models.resnet import ResNet
 from antibackdoor.models.wideresnet import WideResNet
 from antibackdoor.registry import Registry
 
-__all__ = ["AUTO", "MODELS", "create", "set_normalization"]
+__all__ = ["AUTO", "MODELS", "create", "resolve", "set_normalization"]
 
 
 class Builder(Protocol):
@@ -26,8 +26,10 @@ class Builder(Protocol):
 
 MODELS: Registry[Builder] = Registry("model")
 
-AUTO = {"image": ("resnet18", 32), "series": ("resnet18", 32)}
+AUTO = {"image": "resnet18-w32", "series": "resnet18-w32"}
 """What "auto" stands for: ResNet-18 of half the usual width, at a quarter of the cost."""
+WIDEST = 1024
+"""No model file may ask for more: a tampered one would fill the memory."""
 
 
 @MODELS.register("resnet18", paper="He et al. 2016, Deep residual learning")
@@ -54,25 +56,30 @@ def wideresnet16_1(spec: Spec, width: int = 16) -> nn.Module:
     return WideResNet(spec, width=width)
 
 
+def resolve(name: str, spec: Spec) -> str:
+    """The model that "auto" (or "auto-w16") stands for on data of this kind; other names as they are."""
+    if name == "auto":
+        return AUTO[spec.kind]
+    return re.sub(r"^auto(?=-w\d+$)", AUTO[spec.kind].partition("-")[0], name)
+
+
 def create(name: str, spec: Spec, *, width: int | None = None) -> nn.Module:
     """A freshly initialized backbone for samples of `spec`.
 
     name: a registered name, one with its width ("resnet18-w16"), or "auto". Weights come from torch's global generator.
     Raises InputError for an unknown name, a width of 0 or given twice, and a model that does not take such data.
     """
+    name = resolve(name, spec)
     if suffix := re.fullmatch(r"(.+)-w(\d+)", name):
         if width is not None:
             raise InputError(f"model {name!r} names its width already; leave out width={width}.")
         name, width = suffix[1], int(suffix[2])
-    if name == "auto":
-        name, default = AUTO[spec.kind]
-        width = default if width is None else width
     entry = MODELS[name]
     if spec.kind not in entry.kinds:
         fit = ", ".join(other.name for other in MODELS if spec.kind in other.kinds)
         raise InputError(f"model {name!r} does not take data of kind {spec.kind!r}; choose one of: {fit}.")
-    if width is not None and width < 1:
-        raise InputError(f"the width of model {name!r} must be at least 1, got {width}.")
+    if width is not None and not 1 <= width <= WIDEST:
+        raise InputError(f"the width of model {name!r} must be in 1..{WIDEST}, got {width}.")
     model = entry.make(spec) if width is None else entry.make(spec, width=width)
     # Faster for images, on CPU and GPU alike; but with other numbers of channels oneDNN (torch 2.15) corrupts the heap.
     even = all(m.out_channels % 8 == 0 for m in model.modules() if isinstance(m, nn.Conv2d))
