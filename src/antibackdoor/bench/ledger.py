@@ -78,9 +78,9 @@ def table(records: list[dict[str, Any]]) -> pd.DataFrame:
         row = _labels(key)
         for short, long in COLUMNS.items():
             row[short] = _mean(_values(members, long))
-        row["seconds"] = f"{statistics.mean(m['cost']['seconds'] for m in members):.0f}"
         row["n"] = len(members)
-        row["gate"] = _gate(groups.get((*key[:-1], "none")), key[3])
+        undefended = [m for k, ms in groups.items() if k[:-1] == key[:-1] for m in ms if m["cell"]["defense"] == "none"]
+        row["gate"] = _gate(undefended, key[3])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -156,7 +156,7 @@ def _mean(values: list[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def _gate(undefended: list[dict[str, Any]] | None, attack: str) -> str:
+def _gate(undefended: list[dict[str, Any]], attack: str) -> str:
     if attack == "none":
         return ""
     if not undefended:

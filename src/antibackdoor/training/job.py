@@ -137,7 +137,10 @@ class Job:
         path, first = self._stage(name), len(self.history)
         if path is not None and path.exists():
             state = load_state(path)
-            stage.load(state["fit"])
+            try:
+                stage.load(state["fit"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise InputError(f"{path} does not fit this version or these settings ({error}); delete it.") from None
             self.history += state["history"]
         self.progress.start(name, stage.epochs, stage.steps)
         saved = time.monotonic()
