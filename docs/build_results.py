@@ -36,6 +36,7 @@ def results() -> str:
         if len(found):
             parts += [
                 "The partition at the end of training (as in the E2ABL paper's Table II), and the flags:",
+                "",
                 markdown(found),
             ]
     return "\n".join(parts)

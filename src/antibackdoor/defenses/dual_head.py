@@ -171,14 +171,14 @@ class Dual(Objective):
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
         """Rank again from the losses that the pass has given anyway (`refresh`), and make the next partition."""
-        before = self.partitions[-1].isolated
+        before, trapped = self.partitions[-1].isolated, records["second"][self.isolated]
         if self.options.refresh == "epoch":
             self.trap.ranking.add(records["second"])
         assert isinstance(model, Tap)
         self.partition(model, epoch)
         return {
             "main_loss": float(torch.nanmean(records["main"])),
-            "second_loss": float(torch.nanmean(records["second"])),
+            **({"second_loss": float(trapped.mean())} if len(trapped) else {}),
             "churn": float((before != self.partitions[-1].isolated).double().mean()),
         }
 
