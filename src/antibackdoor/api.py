@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,7 @@ def _metrics(
         target = experiment.truth.target
         measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, fabric)
         if outcome.flagged.any() or outcome.scores.any():
-            measured["detection"] = _known(detection_measures(outcome, experiment.truth))
+            measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:
         measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
     steps = {row["stage"]: row["steps"] for row in job.history}
@@ -178,11 +177,3 @@ def _metrics(
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
     }
     return measured
-
-
-def _known(measures: dict[str, Any]) -> dict[str, Any]:
-    """Shares of nothing have no value: null, since NaN is no JSON."""
-    return {
-        name: {**measure, "value": None} if math.isnan(measure["value"]) else measure
-        for name, measure in measures.items()
-    }

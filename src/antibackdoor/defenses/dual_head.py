@@ -47,7 +47,7 @@ class Trap(Objective):
         """One entry of the history: the loss of every sample as it is and, with `mixing`, mixed with another class."""
         data, fabric = self.job.data, self.job.fabric
         self.ranking.add(losses(logits_of(tap, data, fabric, call=second_logits), data.y))
-        if self.options.mixing:
+        if self.options.mixing and isinstance(self.ranking, Persistence):  # Eq. 5 speaks of one history of losses
             rng = generator(self.job.seed, "mixing", epoch)
             self.ranking.add(losses(mixed_logits_of(tap, data, fabric, rng, call=second_logits), data.y))
 
