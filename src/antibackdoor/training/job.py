@@ -39,7 +39,9 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         if accelerator != "cpu" and torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            # mkldnn's own check is true for any AVX512, also where bf16 is emulated.
+            checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+            fast = any(check() for check in checks if check is not None)
         precision = "bf16-mixed" if fast else "32-true"
     return Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
 
