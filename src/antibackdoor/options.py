@@ -33,7 +33,8 @@ def build(cls: type[T], settings: Mapping[str, Any], what: str, *, base: Mapping
     base: settings that `settings` override. Raises InputError for a name that is no field (with the nearest one) and
     for a value out of its type or range.
     """
-    chosen = {field.name: getattr(cls(**(base or {})), field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    start = cls(**(base or {}))
+    chosen = {field.name: getattr(start, field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, value in settings.items():
         first, _, rest = name.partition(".")
         if first not in chosen:

@@ -32,8 +32,8 @@ class E2ABL(Defense):
        `y_r = argmax_{k != y_b} h1(x)_k`, taken anew from the main head at the start of every epoch.
     4. The second head is thrown away: the model is the backbone with its own head.
 
-    Deviations: the literal reading of the paper is the profile "paper". The defaults change what did not hold up when
-    measured: samples are ranked by `Persistence`, of themselves and mixed with another class (`mixing`), instead of by
+    Deviations: the literal reading of the paper is the profile "paper"; both are compared in the docs' results. By
+    default samples are ranked by `Persistence`, of themselves and mixed with another class (`mixing`), instead of by
     Eq. 5; the ranking is frozen after the warm-up, since h2 is trained on its own choices and drifts; isolated samples
     of other labels go back, and of those labeled y_b h1 recovers what it takes for another class (`remainder`). Small
     sets get floors of steps and counts.
