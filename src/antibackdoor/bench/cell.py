@@ -43,17 +43,22 @@ class Cell:
     defense: str = "none"
     defense_options: dict[str, Any] = Field(default_factory=dict)
     model: str = "auto"
-    epochs: int | None = None
+    epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
+    batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting that matters, defaults filled in: what the hash is taken of."""
+        """Every setting that matters, the methods' defaults filled in: what the hash is taken of.
+
+        What a cell leaves open is left out, so that a new field renames no result that was made without it.
+        """
         attack = (
             {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
         )
         defense = values(make_defense(self.defense, self.defense_options))
         changes = dict(self.defense_options)
-        return {**values(self), "attack_options": attack, "defense_options": defense, "defense_changes": changes}
+        own = {name: value for name, value in values(self).items() if value is not None}
+        return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}
 
     def name(self) -> str:
         """A readable name that ends in 8 digits of the content hash."""
@@ -85,7 +90,14 @@ def run_cell(
         poisoned = poison(splits, cell.attack, cell.attack_options, seed=cell.seed)
         data, experiment = poisoned.splits.train, poisoned.experiment
     job = Job(
-        data, model=cell.model, seed=cell.seed, fabric=fabric, folder=folder, progress=progress, epochs=cell.epochs
+        data,
+        model=cell.model,
+        seed=cell.seed,
+        fabric=fabric,
+        folder=folder,
+        progress=progress,
+        epochs=cell.epochs,
+        batch_size=cell.batch_size,
     )
     defense = make_defense(cell.defense, cell.defense_options)
     outcome = defense.run(job)

@@ -67,7 +67,7 @@ def read_ledger(ledger: Path) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each (data, size, model, attack, defense): mean and standard deviation over n seeds, in per cent.
+    """One row for each (data, budget, model, attack, defense): mean and standard deviation over n seeds, in per cent.
 
     Rows of attacks that stay under their gate without a defense say "attack did not take"; where the undefended cell is
     not in the ledger, they say so.
@@ -123,19 +123,22 @@ Key = tuple[Any, ...]
 
 
 def _groups(records: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
-    """Records that differ in their seed only, by (data, size, model, attack, attack settings, defense)."""
+    """Records that differ in their seed only, by (data, budget, model, attack, attack settings, defense)."""
     groups: dict[Key, list[dict[str, Any]]] = {}
     for record in records:
         cell = record["cell"]
         settings = str(sorted(cell["attack_options"].items()))
-        key = (cell["data"], cell["train_size"], cell["model"], cell["attack"], settings, _variant(cell))
+        budget = (cell.get("train_size"), cell.get("epochs"), cell.get("batch_size"))
+        key = (cell["data"], budget, cell["model"], cell["attack"], settings, _variant(cell))
         groups.setdefault(key, []).append(record)
     return dict(sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))))
 
 
 def _labels(key: Key) -> dict[str, Any]:
-    data, size, model, attack, _, variant = key
-    return {"data": data, "training samples": size or "all", "model": model, "attack": attack, "defense": variant}
+    data, (size, epochs, batch), model, attack, _, variant = key
+    budget = ", ".join(f"{name} {value}" for name, value in (("epochs", epochs), ("batch", batch)) if value)
+    row = {"data": data, "training samples": size or "all", "budget": budget or "default", "model": model}
+    return {**row, "attack": attack, "defense": variant}
 
 
 def _values(records: list[dict[str, Any]], measure: str) -> list[float]:

@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,16 @@ class Job:
         progress: Progress | None = None,
         extras: dict[str, Any] | None = None,
         epochs: int | None = None,
+        batch_size: int | None = None,
     ):
         self.fabric = fabric or make_fabric()
         self.data = to_device(data, self.fabric.device)
         self.seed, self.folder = seed, folder
         self.progress = progress or Progress()
         self.extras = extras or {}
-        self.epochs = epochs
+        self.budget: dict[str, Any] = {
+            k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
+        }
         self.history: list[dict[str, Any]] = []
         self._model = model
         self._names: set[str] = set()
@@ -101,8 +105,8 @@ class Job:
         return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The method's own recipe, with the user's number of epochs in place of its own where one was given."""
-        return recipe if self.epochs is None else Recipe(**{**vars(recipe), "epochs": self.epochs})
+        """The method's own recipe, with the user's epochs and batch size in place of its own where they were given."""
+        return replace(recipe, **self.budget)
 
     def keep(self, name: str, make: Callable[[], Tree]) -> Tree:
         """The result of `make()`, computed once: a resumed run reads it from the run folder."""
