@@ -57,7 +57,7 @@ def poison(splits: Splits, attack: str, settings: Mapping[str, Any] | None = Non
     train, truth = method.poison(splits.train, state, own_seed)
     triggered = method.triggered(splits.test, state)
     told = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
-    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered), told)
+    return Poisoned(Splits(train, splits.test, name=splits.name), Experiment(truth, triggered), told)
 
 
 def class_number(target: str | int, classes: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -126,6 +126,8 @@ class Splits:
 
     train: Data
     test: Data | None = None
+    name: str = field(default="", kw_only=True)
+    """What the user called it: a path or a name; only shown."""
 
     def __post_init__(self) -> None:
         if self.test is None:

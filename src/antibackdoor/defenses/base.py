@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from antibackdoor.data.batches import Batch
 from antibackdoor.options import options
 from antibackdoor.registry import Registry
 from antibackdoor.training.job import Job
@@ -36,6 +38,8 @@ class Outcome:
     suggested: `(n,)` int64, the class a flagged sample seems to belong to, -1 where there is none to suggest.
     reasons: a sentence for flagged samples, by row number. evidence: numbers for the verdict, by name.
     partitions: one an epoch, where the method splits the samples.
+    witness: the network that a backdoor shows in, and how to get its logits, where that is not the model itself; it is
+    looked at for the report and not kept.
     """
 
     model: nn.Module
@@ -46,6 +50,7 @@ class Outcome:
     reasons: dict[int, str] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
     partitions: list[Partition] = field(default_factory=list)
+    witness: tuple[nn.Module, Callable[[nn.Module, Batch], Tensor]] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)
