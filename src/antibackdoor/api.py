@@ -20,7 +20,7 @@ from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import atomically, write_json
+from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
@@ -64,7 +64,7 @@ class Result:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.model, self.architecture, self.spec)
-        atomically(folder / "suspects.csv", lambda part: self.suspects.to_csv(part, index=False))
+        write_csv(folder / "suspects.csv", self.suspects)
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
         if self.attention is not None:
@@ -129,11 +129,10 @@ def train(
             "epochs": epochs,
             "seed": seed,
         }
-        open_folder(folder, config, resume=resume)
+        open_folder(folder, config, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
         if experiment is not None:
-            table = truth_table(splits.train, experiment.truth)
-            atomically(folder / "truth.csv", lambda part: table.to_csv(part, index=False))
+            write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
     outcome = method.run(job)
     job.write_history()
@@ -177,8 +176,8 @@ def _metrics(
 ) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
-        target = experiment.truth.target
-        measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, fabric)
+        triggered, targets = experiment.triggered, experiment.targets
+        measured = attack_measures(outcome.model, splits.test, triggered, targets, fabric)
         if outcome.flagged.any() or outcome.scores.any():
             measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:

@@ -11,7 +11,14 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
+from antibackdoor.bench.judge import (
+    accuracy,
+    attack_measures,
+    detection_measures,
+    partition_measures,
+    selection_measures,
+    stage_measures,
+)
 from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
@@ -75,11 +82,17 @@ def subset(data: Data, size: int | None) -> Data:
 
 
 def run_cell(
-    cell: Cell, *, folder: Path | None = None, device: str = "auto", progress: Progress | None = None
+    cell: Cell,
+    *,
+    folder: Path | None = None,
+    attacks: Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a cell and return its record: config, environment, measures with counts, cost, history.
 
-    folder: where its stages are kept, so that a killed cell goes on.
+    folder: where its stages are kept, so that a killed cell goes on. attacks: where attacks that train something are
+    kept, so that all cells of a grid share them.
     """
     splits = load(cell.data)
     splits = Splits(subset(splits.train, cell.train_size), splits.test)
@@ -87,7 +100,16 @@ def run_cell(
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
     fabric, experiment, data = make_fabric(device), None, splits.train
     if cell.attack != "none":
-        poisoned = poison(splits, cell.attack, cell.attack_options, seed=cell.seed)
+        poisoned = poison(
+            splits,
+            cell.attack,
+            cell.attack_options,
+            seed=cell.seed,
+            victim=cell.model,
+            fabric=fabric,
+            kept=attacks,
+            progress=progress,
+        )
         data, experiment = poisoned.splits.train, poisoned.experiment
     job = Job(
         data,
@@ -110,15 +132,20 @@ def run_cell(
     measures: dict[str, Any]
     if experiment is None:
         none = torch.zeros(len(data), dtype=torch.bool)
-        truth = Truth(none, none, data.y.cpu(), -1)
+        truth = Truth(none, none, data.y.cpu(), torch.full_like(data.y.cpu(), -1))
         measures = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
     else:
         truth = experiment.truth
-        measures = attack_measures(outcome.model, splits.test, experiment.triggered, truth.target, fabric)
+        measures = attack_measures(outcome.model, splits.test, experiment.triggered, experiment.targets, fabric)
     measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    if outcome.selections:
+        y = data.y.cpu()
+        measures["selections"] = {name: selection_measures(s, y, truth) for name, s in outcome.selections.items()}
+    if outcome.stages:
+        measures["stages"] = stage_measures(outcome, splits.test, experiment, fabric)
     return {
         "cell": cell.resolved(),
         "environment": environment(fabric),

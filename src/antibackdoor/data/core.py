@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -122,12 +122,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec."""
+    """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec.
+
+    source: the arguments of `load` that these were read with, as plain JSON values, so that they can be read again.
+    name: what the user called the data, a path or a name; only shown.
+    """
 
     train: Data
     test: Data | None = None
+    source: Mapping[str, Any] | None = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
-    """What the user called it: a path or a name; only shown."""
 
     def __post_init__(self) -> None:
         if self.test is None:
@@ -146,13 +150,15 @@ class Truth:
     """What an attack did; only the judge may read it.
 
     poisoned, cover: `(n,)` bool; cover samples carry the trigger and keep their true label.
-    labels: `(n,)` int64, the labels before poisoning. target: the class the trigger leads to.
+    labels: `(n,)` int64, the labels before poisoning.
+    targets: `(n,)` int64, the class that the trigger on each sample leads to, or would lead to were it triggered; the
+        same for all with most attacks. -1 where nothing was attacked.
     """
 
     poisoned: Tensor
     cover: Tensor
     labels: Tensor
-    target: int
+    targets: Tensor
 
 
 def check_trainable(data: Data) -> None:

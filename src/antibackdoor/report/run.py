@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from antibackdoor.errors import InputError
-from antibackdoor.files import read_json
+from antibackdoor.files import from_csv_cell, read_json
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -124,16 +124,17 @@ def _suspects(path: Path, truth: Path) -> Suspects:
         first = pd.read_csv(path, nrows=LISTED, dtype=str, **options).to_dict("records")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
-    labels = table["label"].astype("category")
+    labels = table["label"].map(from_csv_cell).astype("category")
     poisoned = _poisoned(truth) if known else set()
+    roles = {row["id"]: "poisoned" if row["id"] in poisoned else "clean" for row in first} if known else {}
     return Suspects(
         score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
         flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
         label=labels.cat.codes.to_numpy(dtype=np.int64),
         classes=[str(name) for name in labels.cat.categories],
-        first=[{str(key): str(value) for key, value in row.items()} for row in first],
+        first=[{str(key): from_csv_cell(str(value)) for key, value in row.items()} for row in first],
         truth=table["id"].isin(poisoned).to_numpy(dtype=np.bool_) if known else None,
-        roles={row["id"]: "poisoned" if row["id"] in poisoned else "clean" for row in first} if known else {},
+        roles={from_csv_cell(name): role for name, role in roles.items()},
     )
 
 
