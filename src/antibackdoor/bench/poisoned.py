@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from antibackdoor.attacks import ATTACKS, Attack, Fitted, State
 from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.arrays import load_npz, write_npz, write_part
-from antibackdoor.data.core import Splits, Truth
+from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.folders import folder_names, write_class_folders
 from antibackdoor.data.images import load_folder
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
@@ -76,7 +76,7 @@ def poison(
     train, truth = method.poison(splits.train, state, own_seed)
     triggered, targets = method.triggered(splits.test, state)
     told = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
-    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered, targets), told)
+    return Poisoned(Splits(train, splits.test, name=splits.name), Experiment(truth, triggered, targets), told)
 
 
 def fitted(
