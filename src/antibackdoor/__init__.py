@@ -11,10 +11,22 @@ if TYPE_CHECKING:
     from antibackdoor.data.core import Data, Spec, Splits
     from antibackdoor.data.load import load
     from antibackdoor.errors import InputError
+    from antibackdoor.estimator import RobustClassifier
     from antibackdoor.runs import load_model
 
 __version__ = "0.1.0"
-__all__ = ["Data", "Experiment", "InputError", "Result", "Spec", "Splits", "load", "load_model", "train"]
+__all__ = [
+    "Data",
+    "Experiment",
+    "InputError",
+    "Result",
+    "RobustClassifier",
+    "Spec",
+    "Splits",
+    "load",
+    "load_model",
+    "train",
+]
 
 _ROOMS = {
     "Data": "data.core",
@@ -22,6 +34,7 @@ _ROOMS = {
     "InputError": "errors",
     "Result": "api",
     "Spec": "data.core",
+    "RobustClassifier": "estimator",
     "Splits": "data.core",
     "load": "data.load",
     "load_model": "runs",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
+from antibackdoor.models.pretrained import fingerprint, read_weights, take_weights
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import describe_data, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.tracking import Tracking
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -60,12 +64,17 @@ class Result:
         fabric = make_fabric(str(device), "32-true")
         return logits_of(self.model, x, fabric).argmax(1).numpy()
 
+    def issues(self) -> pd.DataFrame:
+        """One row a sample in the order of the data, with the columns of cleanlab's issue tables."""
+        return issues_table(self.suspects, self.data.ids)
+
     def save(self, folder: str | Path) -> Path:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.model, self.architecture, self.spec)
         write_csv(folder / "suspects.csv", self.suspects)
+        write_csv(folder / "history.csv", pd.DataFrame(self.history))
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
         if self.attention is not None:
@@ -97,6 +106,8 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     experiment: Experiment | None = None,
+    weights: str | Path | None = None,
+    track: Sequence[str] = (),
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
@@ -105,6 +116,9 @@ def train(
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
+    weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
+    differs.
+    track: experiment trackers to tell: "tensorboard", "mlflow", "wandb"; needs `out`.
     experiment: known truth, for measuring only. Raises InputError for bad input.
     """
     if isinstance(data, str | Path):
@@ -118,8 +132,11 @@ def train(
     method = make_defense(defense, options)
     if method.needs:
         raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
-    if isinstance(model, str):
-        create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
+    # A wrong name, kind or file of weights is told before anything is written.
+    fresh = create(model, splits.train.spec) if isinstance(model, str) else copy.deepcopy(model)
+    pretrained = None if weights is None else read_weights(Path(weights))
+    if pretrained is not None:
+        take_weights(fresh, pretrained, weights)
     fabric = make_fabric(device, precision)
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -130,12 +147,25 @@ def train(
             "model": model if isinstance(model, str) else type(model).__name__,
             "epochs": epochs,
             "seed": seed,
+            **({} if weights is None else {"weights": fingerprint(Path(weights))}),
         }
         open_folder(folder, config, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
         if experiment is not None:
             write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
-    job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
+    tracking = Tracking(track, folder)
+    called = model if isinstance(model, str) else type(model).__name__
+    tracking.begin({"defense": defense, "model": called, "seed": seed, "options": values(method)})
+    job = Job(
+        splits.train,
+        model=model,
+        seed=seed,
+        fabric=fabric,
+        folder=folder,
+        progress=tracking.watch(progress),
+        epochs=epochs,
+        weights=pretrained,
+    )
     outcome = method.run(job)
     job.write_history()
     result = Result(
@@ -152,6 +182,7 @@ def train(
     )
     if folder is not None:
         result.save(folder)
+    tracking.end(result.metrics)
     return result
 
 
