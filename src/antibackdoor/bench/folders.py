@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 from antibackdoor.data.core import Data, Splits
+from antibackdoor.data.folders import folder_names, safe_name, write_class_folders, write_png
 from antibackdoor.data.images import load_folder, load_manifest
 from antibackdoor.data.series import load_series
 
@@ -36,7 +34,7 @@ def write_files(splits: Splits, folder: Path, *, manifest: bool = False) -> Writ
     """
     parts = {"train": splits.train, **({} if splits.test is None else {"test": splits.test})}
     spec = splits.train.spec
-    classes = _plain_names(spec.classes)
+    classes = folder_names(spec.classes)
     if spec.kind == "series":
         (folder / "data").mkdir()
         classes = [name.lower() for name in classes]  # as the reader of .ts files makes them
@@ -48,29 +46,22 @@ def write_files(splits: Splits, folder: Path, *, manifest: bool = False) -> Writ
     size = (spec.shape[2], spec.shape[1])
     if manifest:
         (folder / "images").mkdir()
-        ids = {part: _write_images(data, folder, f"images/{part}-", None) for part, data in parts.items()}
+        ids = {part: _write_listed(data, folder, part) for part, data in parts.items()}
         with (folder / "data.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "label", "split"])
             for part, data in parts.items():
                 writer.writerows((name, classes[k], part) for name, k in zip(ids[part], data.y.tolist(), strict=True))
         return Written(load_manifest(folder / "data.csv", image_size=size), ids, classes)
-    ids = {part: _write_images(data, folder / "data", f"{part}/", classes) for part, data in parts.items()}
+    ids = {part: write_class_folders(data, folder / "data", part, classes) for part, data in parts.items()}
     return Written(load_folder(folder / "data", image_size=size), ids, classes)
 
 
-def _write_images(data: Data, root: Path, prefix: str, folders: Sequence[str] | None) -> list[str]:
-    """One PNG a sample, in the folder of its class where there are folders; returns the names below `root`."""
-    names = []
-    if folders is not None:
-        for k in data.y.unique().tolist():
-            (root / f"{prefix}{folders[k]}").mkdir(parents=True)
-    for row, (label, sample_id) in enumerate(zip(data.y.tolist(), data.ids, strict=True)):
-        # The row number keeps names apart and in order; it says nothing about the poison.
-        inside = "" if folders is None else f"{folders[label]}/"
-        names.append(f"{prefix}{inside}{row:06d}-{_plain(Path(sample_id).stem)}.png")
-        pixels = data.x[torch.tensor([row])][0].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(root / names[-1])
+def _write_listed(data: Data, folder: Path, part: str) -> list[str]:
+    """One PNG a sample in `folder/images/`; returns the names as a manifest beside it gives them."""
+    names = [f"images/{part}-{row:06d}-{safe_name(Path(name).stem)}.png" for row, name in enumerate(data.ids)]
+    for row, name in enumerate(names):
+        write_png(data, row, folder / name)
     return names
 
 
@@ -97,17 +88,3 @@ def _write_ts(data: Data, path: Path, classes: Sequence[str]) -> list[str]:
                 lines = [",".join(f"{value:.9g}" for value in channel[:end].astype(np.float64)) for channel in series]
                 file.write(":".join([*lines, classes[label]]) + "\n")
     return [str(row) for row in range(len(data))]
-
-
-def _plain_names(classes: Sequence[str]) -> list[str]:
-    """Class names as folder names, different even where letter case does not count."""
-    names: list[str] = []
-    for number, name in enumerate(classes):
-        plain, taken = _plain(name), {other.casefold() for other in names}
-        names.append(f"{plain}-{number}" if plain.casefold() in taken else plain)
-    return names
-
-
-def _plain(text: str) -> str:
-    """Text from whoever made the data as a plain file name: no separators, no leading dot, not long."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[-60:] or "_"

@@ -78,7 +78,7 @@ def poison(
     triggered, targets = method.triggered(splits.test, state)
     told: dict[str, Any] = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
     told["stealth"] = stealth_measures(splits.train, train, truth.poisoned.nonzero().flatten())
-    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered, targets), told)
+    return Poisoned(Splits(train, splits.test, name=splits.name), Experiment(truth, triggered, targets), told)
 
 
 def fitted(
