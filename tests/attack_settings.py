@@ -13,7 +13,7 @@ BITING: dict[str, dict[str, Any]] = {
     "badnets": {"rate": 0.15, "share": 0.1},
     "blend": {"rate": 0.1, "alpha": 0.3, "strength": 1.0},
     "bpp": {"rate": 0.2, "levels": 3},
-    "composite": {"rate": 0.2, "cover": 0.2},
+    "composite": {"rate": 0.2, "cover": 0.2, "target": 3},
     "dfst": {"rate": 0.15},
     "several": {"rate": 0.3, "size": 5, "share": 0.15},
     "sig": {"rate": 0.24, "frequency": 5, "delta": 150, "amplitude": 3.0},

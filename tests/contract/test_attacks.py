@@ -176,13 +176,7 @@ def bite(name: str, sort: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return bitten, control
 
 
-# Padding is one more thing to get wrong, but a network more to train for each attack, too.
-BITE_CASES = [
-    pytest.param(name, sort, marks=pytest.mark.slow if sort == "unequal series" else []) for name, sort in CASES
-]
-
-
-@pytest.mark.parametrize(("name", "sort"), BITE_CASES)
+@pytest.mark.parametrize(("name", "sort"), [case for case in CASES if case[1] in {"image", "series"}])
 def test_attack_bites(name: str, sort: str) -> None:
     bitten, control = bite(name, sort)
     success, without = (measures["attack_success_rate"]["value"] for measures in (bitten, control))

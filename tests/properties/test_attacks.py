@@ -58,7 +58,7 @@ def test_counts_are_exact_or_the_request_is_refused(
     assert torch.equal(data.x[rows], clean.x[rows]) and torch.equal(data.y[rows], clean.y[rows])
 
 
-@pytest.mark.parametrize("entry", ATTACKS, ids=lambda entry: str(entry.name))
+@pytest.mark.parametrize("entry", list(ATTACKS), ids=lambda entry: str(entry.name))
 def test_an_attack_that_is_not_meant_for_the_data_says_so(entry: object) -> None:
     for kind, make in (("image", toy_images), ("series", toy_series)):
         if kind not in entry.kinds:  # type: ignore[attr-defined]
