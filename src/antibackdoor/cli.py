@@ -149,6 +149,9 @@ def train(
     skip_unreadable: SkipUnreadable = False,
     memory_map: Annotated[bool, typer.Option("--memory-map", help="Read an .npz from disk as needed.")] = False,
     data_root: DataRoot = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A few samples known to be clean, for defenses that need them.")
+    ] = None,
     truth: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
     ] = None,
@@ -171,6 +174,9 @@ def train(
         data_root=data_root,
     )
     experiment = read_experiment(truth, splits) if truth else None
+    trusted = clean and load(
+        clean, image_size=image_size, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
+    )
     with show(_console(stderr=True), quiet=quiet) as progress:
         result = run(
             splits,
@@ -185,6 +191,7 @@ def train(
             resume=resume,
             progress=progress,
             experiment=experiment,
+            clean=trusted or None,
         )
     if not quiet:
         from antibackdoor.summary import print_summary
