@@ -64,7 +64,7 @@ class Cell:
         method = make_defense(self.defense, self.defense_options)
         defense = values(method)
         changes = dict(self.defense_options)
-        own = {name: value for name, value in values(self).items() if value is not None}
+        own = {name: value for name, value in values(self).items() if value is not None and name != "clean_share"}
         if "clean" in method.needs:
             own["clean_share"] = self.clean_share or CLEAN_SHARE
         return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}

@@ -54,19 +54,26 @@ class Held(Objective):
 
 
 class Unlearn(Objective):
-    """Gradient ascent on the cross entropy of isolated samples; from what is not finite it goes back, and stays there.
+    """Gradient ascent on the cross entropy of isolated samples; it goes back from what is not finite, and stops there.
 
     frozen: batch norms keep the statistics of the whole set, instead of taking those of the isolated samples.
     """
 
-    def __init__(self, model: nn.Module, frozen: bool):
+    def __init__(self, *, frozen: bool):
         self.frozen = frozen
-        self.good, self.stopped = _copy(model), 0  # the epoch in which the ascent blew up; 0: it did not
+        self.stopped = 0  # the epoch in which the ascent blew up; 0: it did not
+        self._good: dict[str, Tensor] = {}
+
+    def before_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Remember the weights; freeze the statistics of batch norms."""
+        self._good = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        if self.frozen:
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Minus the mean cross entropy."""
-        if self.frozen:
-            freeze_statistics(model)
         values = F.cross_entropy(forward(model, batch).float(), batch.y, reduction="none")
         return Step((self.sign(batch) * values).mean(), {"main": values.detach()})
 
@@ -75,34 +82,20 @@ class Unlearn(Objective):
         return -torch.ones_like(batch.y, dtype=torch.float32)
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """Keep a finite model, leave any other; the cross entropy of the samples."""
-        state = model.state_dict()
-        finite = all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
-        if finite and not self.stopped:
-            self.good = _copy(model)
+        """Take back an epoch that ends in weights that are not finite; the cross entropy of the samples."""
+        if all(bool(value.isfinite().all()) for value in model.state_dict().values() if value.is_floating_point()):
             return {"cross_entropy": float(torch.nanmean(records["main"]))}
-        self.stopped = self.stopped or epoch
-        model.load_state_dict(self.good)
+        model.load_state_dict(self._good)
+        self.stopped, self.finished = epoch, True
         return {}
 
     def state(self) -> Tree:
-        """The last finite weights."""
-        return {"good": self.good, "stopped": self.stopped}
+        """Whether and when it blew up."""
+        return {"stopped": self.stopped}
 
     def load(self, state: Tree) -> None:
-        """The last finite weights."""
-        self.good, self.stopped = state["good"], state["stopped"]
-
-
-def freeze_statistics(model: nn.Module) -> None:
-    """Have batch norms use and keep the statistics they have, until the model is put in training mode again."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+        """Whether and when it blew up."""
+        self.stopped = state["stopped"]
 
 
 @DEFENSES.register("abl", paper="Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data")
@@ -170,7 +163,7 @@ class ABL(Defense):
         isolated[top(-values, count)] = True
         rest = None if self.fine_tune_on == "all" else (~isolated).nonzero().flatten()
         job.fit("fine-tuning", model, CrossEntropy(), job.recipe(self.main), rows=rest)
-        ascent = Unlearn(model, frozen=self.statistics == "frozen")
+        ascent = Unlearn(frozen=self.statistics == "frozen")
         job.fit("unlearning", model, ascent, self.unlearning, rows=isolated.nonzero().flatten())
         evidence: dict[str, Any] = {"isolated": count}
         if ascent.stopped:

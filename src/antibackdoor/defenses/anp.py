@@ -86,7 +86,6 @@ class Shaken(Objective):
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """The noise starts at random and takes signed gradient steps of epsilon / steps upwards."""
         assert isinstance(model, Masked)
-        model.clip()
         values = F.cross_entropy(model(batch.x, batch.lengths).float(), batch.y, reduction="none")
         loss = self.alpha * values.mean()
         if self.epsilon and self.alpha < 1:
@@ -109,10 +108,13 @@ class Shaken(Objective):
         flat = [value.detach() for value in flat]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
-    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean cross entropy of the masked network without noise."""
+    def after_step(self, model: nn.Module) -> None:
+        """Masks stay in [0, 1]."""
         assert isinstance(model, Masked)
         model.clip()
+
+    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean cross entropy of the masked network without noise."""
         return {"main_loss": float(torch.nanmean(records["main"]))}
 
 

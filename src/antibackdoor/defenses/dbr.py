@@ -78,8 +78,8 @@ def sensitivity(model: nn.Module, job: Job, transform: str, looks: int) -> Tenso
 class UnlearnRelearn(Unlearn):
     """`(sum_{clean} CE - sum_{poison} CE) / b`: descent on what is held for clean, ascent on the poison."""
 
-    def __init__(self, model: nn.Module, poison: Tensor, frozen: bool):
-        super().__init__(model, frozen)
+    def __init__(self, poison: Tensor, *, frozen: bool):
+        super().__init__(frozen=frozen)
         self.poison = poison
 
     def sign(self, batch: Batch) -> Tensor:
@@ -132,7 +132,7 @@ class DBR(Defense):
         clean[top(-scores, max(1, round(self.clean_rate * n)))] = True
         clean &= ~poison
         model = trained(job, self.training)
-        removal = UnlearnRelearn(model, poison, frozen=self.statistics == "frozen")
+        removal = UnlearnRelearn(poison, frozen=self.statistics == "frozen")
         job.fit("removal", model, removal, self.removal, rows=(poison | clean).nonzero().flatten())
         evidence: dict[str, Any] = {"unlearned": int(poison.sum()), "relearned": int(clean.sum())}
         if removal.stopped:

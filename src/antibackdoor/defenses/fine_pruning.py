@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from antibackdoor.models.blocks import call, feature_map, undisturbed
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
-from antibackdoor.training.objectives import CrossEntropy, Step
+from antibackdoor.training.objectives import CrossEntropy
 from antibackdoor.training.scores import logits_of
 
 
@@ -78,15 +77,9 @@ class Pruned(CrossEntropy):
         with torch.no_grad():
             self.linear.weight.mul_(self.alive.to(self.linear.weight))
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Step:
-        """Cross entropy of the pruned network."""
+    def after_step(self, model: nn.Module) -> None:
+        """What is pruned stays pruned."""
         self.enforce()
-        return super().__call__(model, batch)
-
-    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean training loss."""
-        self.enforce()
-        return super().after_epoch(model, epoch, records)
 
 
 @DEFENSES.register("fine_pruning", paper="Liu et al. 2018, Fine-Pruning: Defending Against Backdooring Attacks")
