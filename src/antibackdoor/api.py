@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
 from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
+from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import atomically, write_json
+from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import open_folder, save_gallery, save_model
+from antibackdoor.runs import describe_data, open_folder, save_attention, save_gallery, save_model
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -44,6 +46,7 @@ class Result:
     architecture: str | None
     data: Data
     environment: dict[str, Any]
+    attention: Attention | None = None
 
     @torch.no_grad()
     def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
@@ -61,8 +64,11 @@ class Result:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.model, self.architecture, self.spec)
-        atomically(folder / "suspects.csv", lambda part: self.suspects.to_csv(part, index=False))
-        save_gallery(folder, self.data, self.suspects)
+        write_csv(folder / "suspects.csv", self.suspects)
+        reference = None if self.attention is None else self.attention.reference
+        save_gallery(folder, self.data, self.suspects, reference)
+        if self.attention is not None:
+            save_attention(folder, self.attention)
         write_json(folder / "verdict.json", self.verdict.as_json())
         write_json(folder / "metrics.json", self.metrics)
         write_json(folder / "env.json", self.environment)
@@ -126,7 +132,10 @@ def train(
             "seed": seed,
             **{name: given.fingerprint() for name, given in extras.items()},
         }
-        open_folder(folder, config, resume=resume)
+        open_folder(folder, config, resume=resume, source=splits.source)
+        write_json(folder / "data.json", describe_data(splits))
+        if experiment is not None:
+            write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
     job = Job(
         splits.train,
         model=model,
@@ -149,6 +158,7 @@ def train(
         architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
         data=splits.train,
         environment=environment(fabric),
+        attention=attention_of(job.data, outcome, fabric),
     )
     if folder is not None:
         result.save(folder)
@@ -156,7 +166,9 @@ def train(
 
 
 def _splits(data: Splits | Data | str | Path) -> Splits:
-    return load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
+    if isinstance(data, str | Path):
+        return replace(load(data), name=str(data))
+    return data if isinstance(data, Splits) else Splits(data)
 
 
 def _check_clean(clean: Data, untrusted: Data) -> None:

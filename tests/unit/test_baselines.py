@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, gather
-from antibackdoor.defenses.abl import Unlearn, held
+from antibackdoor.defenses.abl import held
 from antibackdoor.defenses.anp import Masked, Shaken, neurons
-from antibackdoor.defenses.dbr import overlap_of_classes, sensitivity
+from antibackdoor.defenses.dbr import UnlearnRelearn, overlap_of_classes, sensitivity
 from antibackdoor.defenses.fine_pruning import activations, reader_of_channels
 from antibackdoor.defenses.harvey import OnlyPoison
 from antibackdoor.defenses.mcr import Curve, bezier, renew_statistics
@@ -26,6 +26,7 @@ from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy
 from antibackdoor.training.scores import logits_of
+from antibackdoor.training.unlearning import Unlearn
 from tiny import FABRIC, same_weights, short, train
 from toy import toy_images, toy_series
 
@@ -62,43 +63,34 @@ def test_values_of_held_losses() -> None:
 class Exploding(Unlearn):
     """Blows up in its third epoch."""
 
+    def before_epoch(self, model: nn.Module, epoch: int) -> None:
+        self.epoch = epoch
+        super().before_epoch(model, epoch)
+
     def after_step(self, model: nn.Module) -> None:
         if self.epoch == 2:
             with torch.no_grad():
                 next(model.parameters()).mul_(torch.nan)
 
-    def before_epoch(self, model: nn.Module, epoch: int) -> None:
-        self.epoch = epoch
-        super().before_epoch(model, epoch)
 
-
-def test_ascent_that_blows_up_stops_at_the_last_finite_weights(tmp_path) -> None:
-    def ascend(kind: type[Unlearn], epochs: int) -> tuple[nn.Module, Unlearn, int]:
-        job = Job(toy_series(24), model="resnet18-w4", fabric=FABRIC)
-        model, objective = job.model(), kind(frozen=False)
-        job.fit("unlearning", model, objective, Recipe(epochs=epochs, min_steps=0, schedule="constant"))
-        return model, objective, len(job.history)
-
-    two, _, _ = ascend(Unlearn, 2)
-    stopped, objective, rows = ascend(Exploding, 9)
-    assert objective.stopped == 3 and rows == 3 and same_weights(two, stopped)
-
-
-def test_abl_tells_that_its_ascent_was_taken_back(monkeypatch) -> None:
+def test_abl_goes_back_to_the_last_finite_weights_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**short("abl", 1), "guards": "literal", "unlearning.epochs": 2}
+    two, _ = train(toy_series(24), "abl", options, model="resnet18-w4")
+    assert set(two.evidence) == {"isolated"} and list(two.stages) == ["isolation", "fine-tuning"]
     monkeypatch.setattr("antibackdoor.defenses.abl.Unlearn", Exploding)
-    outcome, _ = train(toy_series(24), "abl", short("abl", 3), model="resnet18-w4")
-    assert outcome.evidence["unlearning_taken_back_from_epoch"] == 3
-    assert all(value.isfinite().all() for value in outcome.model.state_dict().values())
+    stopped, job = train(toy_series(24), "abl", {**options, "unlearning.epochs": 9}, model="resnet18-w4")
+    assert stopped.evidence["ascent_taken_back_in_epoch"] == 3
+    assert [row["epoch"] for row in job.history if row["stage"] == "unlearning"] == [1, 2, 3]
+    assert same_weights(two.model, stopped.model)
 
 
-def test_unlearning_keeps_the_statistics_where_asked() -> None:
-    job = Job(toy_series(24), model="resnet18-w4", fabric=FABRIC)
-    model = job.model()
-    before = copy.deepcopy(model.state_dict())
-    job.fit("unlearning", model, Unlearn(frozen=True), Recipe(epochs=2, min_steps=0))
-    after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before if "running" in name)
-    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+def test_unlearning_and_relearning_share_a_batch() -> None:
+    model = Fixed(torch.zeros(2, 2))
+    batch = Batch(torch.zeros(2, 1), torch.tensor([0, 0]), torch.tensor([5, 1]), None)
+    poison = torch.arange(6) == 5
+    UnlearnRelearn(poison, guarded=False)(model, batch).loss.backward()
+    assert model.logits.grad is not None
+    assert model.logits.grad.tolist() == [[0.25, -0.25], [-0.25, 0.25]]  # away from the label; towards it
 
 
 def test_abl_isolates_the_lowest_losses_and_trains_on_the_rest() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from antibackdoor.defenses import abl, anp, dbr, e2abl, fine_pruning, harvey, mcr, nad, none
+from antibackdoor.defenses import abl, anp, dbr, dlp, e2abl, fine_pruning, harvey, mcr, nad, none
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition, check_given
 from antibackdoor.errors import unknown
 from antibackdoor.options import build
@@ -36,6 +36,7 @@ __all__ = [
     "anp",
     "check_given",
     "dbr",
+    "dlp",
     "e2abl",
     "fine_pruning",
     "harvey",

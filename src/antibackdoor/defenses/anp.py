@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained, without_suspects
 from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call
@@ -151,14 +151,14 @@ class ANP(Defense):
     def run(self, job: Job) -> Outcome:
         """Train, learn the masks, prune."""
         clean, model = job.clean, trained(job, self.training)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = snapshot(model)
         masked = Masked(model)
         objective = Shaken(self.epsilon, self.alpha, self.steps)
         job.fit("masking", masked, objective, self.masking, data=clean, parameters=masked.masks.parameters())
         model.load_state_dict(before)  # training the masks moves the statistics of batch norms
         threshold = self.threshold if self.max_drop is None else self._threshold(job, masked, before)
         pruned = masked.prune(threshold)
-        return without_suspects(model, len(job.data), {"pruned_neurons": pruned, "threshold": threshold})
+        return without_suspects(model, len(job.data), {"pruned_neurons": pruned, "threshold": threshold}, before)
 
     def _threshold(self, job: Job, masked: Masked, before: dict[str, Tensor]) -> float:
         """The highest of 0.05, 0.1 ... 0.95 up to which accuracy on the clean samples falls by at most `max_drop`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from antibackdoor.data.augment import AUGMENTATIONS
 from antibackdoor.data.batches import Batch
-from antibackdoor.defenses.abl import Unlearn, outcome_of_isolation
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.abl import outcome_of_isolation, taken_back
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained
 from antibackdoor.errors import InputError
 from antibackdoor.options import options
@@ -24,6 +24,7 @@ from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy, Objective, Step, forward
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import logits_of
+from antibackdoor.training.unlearning import Unlearn
 
 
 def embed(model: nn.Module, batch: Batch) -> Tensor:
@@ -78,13 +79,14 @@ def sensitivity(model: nn.Module, job: Job, transform: str, looks: int) -> Tenso
 class UnlearnRelearn(Unlearn):
     """`(sum_{clean} CE - sum_{poison} CE) / b`: descent on what is held for clean, ascent on the poison."""
 
-    def __init__(self, poison: Tensor, *, frozen: bool):
-        super().__init__(frozen=frozen)
+    def __init__(self, poison: Tensor, *, guarded: bool):
+        super().__init__(guarded=guarded, enough=-1.0)  # what is relearned stays as labeled: no end by that
         self.poison = poison
 
-    def sign(self, batch: Batch) -> Tensor:
-        """-1 for poison, 1 for the rest."""
-        return 1 - 2 * self.poison.to(batch.rows.device)[batch.rows].float()
+    def __call__(self, model: nn.Module, batch: Batch) -> Step:
+        """Climb for some, descend for the others."""
+        signs = 1 - 2 * self.poison.to(batch.rows.device)[batch.rows].float()
+        return self.step(model, batch, signs)
 
 
 @DEFENSES.register("dbr", paper="Chen et al. 2022, Effective Backdoor Defense by Exploiting Sensitivity (NeurIPS)")
@@ -119,7 +121,9 @@ class DBR(Defense):
     removal: Annotated[Recipe, Field(description="unlearning and relearning")] = Recipe(
         epochs=20, min_steps=400, learning_rate=1e-4, schedule="constant"
     )
-    statistics: Annotated[Literal["batch", "frozen"], Field(description="of batch norms in the removal")] = "batch"
+    guards: Annotated[
+        Literal["guarded", "literal"], Field(description="of the removal: clipping and frozen statistics")
+    ] = "literal"
 
     def run(self, job: Job) -> Outcome:
         """Look, train, unlearn and relearn."""
@@ -132,10 +136,9 @@ class DBR(Defense):
         clean[top(-scores, max(1, round(self.clean_rate * n)))] = True
         clean &= ~poison
         model = trained(job, self.training)
-        removal = UnlearnRelearn(poison, frozen=self.statistics == "frozen")
+        stages = {"training": snapshot(model)}
+        removal = UnlearnRelearn(poison, guarded=self.guards == "guarded")
         job.fit("removal", model, removal, self.removal, rows=(poison | clean).nonzero().flatten())
-        evidence: dict[str, Any] = {"unlearned": int(poison.sum()), "relearned": int(clean.sum())}
-        if removal.stopped:
-            evidence["removal_taken_back_from_epoch"] = removal.stopped
+        evidence = {"unlearned": int(poison.sum()), "relearned": int(clean.sum()), **taken_back(job)}
         reason = "its features change more under transformations than those of almost all others"
-        return outcome_of_isolation(model, job, scores, poison, evidence, reason)
+        return outcome_of_isolation(model, job, scores, poison, evidence, reason, stages)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, gather
 from antibackdoor.data.core import Data
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained, without_suspects
 from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call, feature_map, undisturbed
@@ -108,6 +108,7 @@ class FinePruning(Defense):
     def run(self, job: Job) -> Outcome:
         """Train, prune, fine-tune."""
         clean, model = job.clean, trained(job, self.training)
+        before = snapshot(model)
         linear, channels = reader_of_channels(model, gather(job.data, torch.arange(2), job.fabric.device))
         order = activations(model, linear, channels, clean, job).argsort(stable=True)
         pruned = Pruned(linear, self._alive(job, model, linear, order))
@@ -115,7 +116,7 @@ class FinePruning(Defense):
         if self.fine_tuning is not None:
             job.fit("fine-tuning", model, pruned, self.fine_tuning, data=clean)
         cut = channels - int(pruned.alive.sum()) * channels // linear.in_features
-        return without_suspects(model, len(job.data), {"pruned_channels": {"count": cut, "n": channels}})
+        return without_suspects(model, len(job.data), {"pruned_channels": {"count": cut, "n": channels}}, before)
 
     def _alive(self, job: Job, model: nn.Module, linear: nn.Linear, order: Tensor) -> Tensor:
         """`(columns,)` bool: what is left after the longest prefix of `order` that costs no more than allowed."""

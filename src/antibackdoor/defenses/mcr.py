@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, in_order
 from antibackdoor.data.core import Data
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained, without_suspects
 from antibackdoor.models.blocks import call
 from antibackdoor.options import options
@@ -118,6 +118,7 @@ class MCR(Defense):
     def run(self, job: Job) -> Outcome:
         """Train both ends, train the curve, take a point."""
         clean, first = job.clean, trained(job, self.training)
+        before = snapshot(first)
         if self.second == "trained":
             last = job.model("second model")
             job.fit("second training", last, CrossEntropy(), job.recipe(self.training))
@@ -135,7 +136,7 @@ class MCR(Defense):
         chosen = max(accuracies, key=lambda t: (accuracies[t], -abs(t - 0.5)))
         self._move(model, weights[chosen], clean, job)
         told = {"t": chosen, "clean_accuracy_by_t": {f"{t:g}": a for t, a in accuracies.items()}}
-        return without_suspects(model, len(job.data), told)
+        return without_suspects(model, len(job.data), told, before)
 
     def _points(self) -> list[float]:
         return [k / 10 for k in range(2, 9)] if self.t is None else [self.t]

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, gather
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained, without_suspects
 from antibackdoor.models.blocks import feature_map, stages
 from antibackdoor.options import options
@@ -100,10 +100,11 @@ class NAD(Defense):
     def run(self, job: Job) -> Outcome:
         """Train, fine-tune a teacher, distill."""
         clean, student = job.clean, trained(job, self.training)
+        before = snapshot(student)
         teacher = copy.deepcopy(student)
         job.fit("teacher", teacher, CrossEntropy(), self.teacher, data=clean)
         example = gather(job.data, torch.arange(2), job.fabric.device)
         blocks = stages(student, example.x, example.lengths)[-len(self.betas) :]
         lesson = Distill(teacher, blocks, self.betas[-len(blocks) :], self.power)
         job.fit("distillation", student, lesson, self.distillation, data=clean)
-        return without_suspects(student, len(job.data), {"blocks": blocks})
+        return without_suspects(student, len(job.data), {"blocks": blocks}, before)

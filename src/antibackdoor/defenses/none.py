@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
 from antibackdoor.options import options
@@ -31,9 +33,13 @@ def trained(job: Job, recipe: Recipe) -> nn.Module:
     return model
 
 
-def without_suspects(model: nn.Module, n: int, evidence: dict[str, object] | None = None) -> Outcome:
-    """The outcome of a method that looks at no sample: all scores are 0 and nothing is flagged."""
-    zeros = torch.zeros(n, dtype=torch.float64)
-    return Outcome(
-        model, zeros, zeros, torch.zeros(n, dtype=torch.bool), torch.full((n,), -1), evidence=dict(evidence or {})
-    )
+def without_suspects(
+    model: nn.Module, n: int, evidence: dict[str, Any] | None = None, undefended: dict[str, Tensor] | None = None
+) -> Outcome:
+    """The outcome of a method that looks at no sample: all scores are 0 and nothing is flagged.
+
+    undefended: the weights from before a repair, for the judge to tell what the repair did.
+    """
+    zeros, stages = torch.zeros(n, dtype=torch.float64), {} if undefended is None else {"training": undefended}
+    unflagged, nothing = torch.zeros(n, dtype=torch.bool), torch.full((n,), -1)
+    return Outcome(model, zeros, zeros, unflagged, nothing, evidence=evidence or {}, stages=stages)
