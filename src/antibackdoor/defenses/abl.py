@@ -135,7 +135,8 @@ class ABL(Defense):
 
 def taken_back(job: Job) -> dict[str, Any]:
     """For the evidence: the epoch in which an ascent ran away and was taken back, if one did."""
-    return {"ascent_taken_back_in_epoch": row["epoch"] for row in job.history if "rolled_back" in row}
+    epochs = [row["epoch"] for row in job.history if "rolled_back" in row]
+    return {"ascent_taken_back_in_epoch": epochs[0]} if epochs else {}
 
 
 def outcome_of_isolation(
