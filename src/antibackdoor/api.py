@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
@@ -83,7 +84,7 @@ class Result:
 
 
 def train(
-    data: Splits | Data | str | Path,
+    data: Splits | Data | str | Path | Dataset[Any],
     *,
     defense: str = "auto",
     options: dict[str, Any] | None = None,
@@ -96,11 +97,12 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     experiment: Experiment | None = None,
-    clean: Splits | Data | str | Path | None = None,
+    clean: Splits | Data | str | Path | Dataset[Any] | None = None,
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
-    data: a path or catalog name, a `Data`, or `Splits` whose test set (if any) is only used to measure accuracy.
+    data: a path or catalog name, a torch `Dataset`, a `Data`, or `Splits` whose test set (if any) is only used to
+    measure accuracy.
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
@@ -165,10 +167,11 @@ def train(
     return result
 
 
-def _splits(data: Splits | Data | str | Path) -> Splits:
+def _splits(data: Splits | Data | str | Path | Dataset[Any]) -> Splits:
+    """Whatever a user names as data."""
     if isinstance(data, str | Path):
         return replace(load(data), name=str(data))
-    return data if isinstance(data, Splits) else Splits(data)
+    return Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
 
 
 def _check_clean(clean: Data, untrusted: Data) -> None:
