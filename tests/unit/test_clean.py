@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import antibackdoor
 from antibackdoor.bench import cell as benchmark
 from antibackdoor.bench.cell import Cell, carve, run_cell
 from antibackdoor.bench.ledger import table
+from antibackdoor.cli import app
+from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.defenses import DEFENSES, Defense, Outcome, check_given, make_defense
 from antibackdoor.defenses.none import without_suspects
@@ -23,6 +26,7 @@ from antibackdoor.verdict import decide
 from tiny import FABRIC, short, train
 from toy import toy_images, toy_series
 
+FAST = (("epochs", 1), ("min_steps", 0))
 NEEDY = sorted(entry.name for entry in DEFENSES if "clean" in entry.make.needs)
 
 
@@ -145,3 +149,16 @@ def test_names_and_tables_tell_who_had_clean_samples() -> None:
 def test_clean_samples_go_to_the_device_with_the_job() -> None:
     job = Job(toy_series(4), extras={"clean": toy_series(6), "rate": 0.1}, fabric=FABRIC)
     assert len(job.clean) == 6 and job.extras["rate"] == 0.1
+
+
+def test_command_line(tmp_path: Path) -> None:
+    for name, seed in (("data", 0), ("clean", 1)):
+        write_npz(tmp_path / f"{name}.npz", Splits(toy_images(24, seed=seed)))
+    settings = [f"{stage}.{name}={value}" for stage in ("training", "masking") for name, value in FAST]
+    words = ["train", tmp_path / "data.npz", "--defense", "anp", "--model", "resnet18-w4", "--out", tmp_path / "run"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    refused = CliRunner().invoke(app, [str(word) for word in words])
+    assert refused.exit_code == 2 and "--clean PATH" in refused.output and "Traceback" not in refused.output
+    done = CliRunner().invoke(app, [str(word) for word in [*words, "--clean", tmp_path / "clean.npz"]])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "result.json").exists()
