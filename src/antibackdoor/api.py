@@ -20,7 +20,7 @@ from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, dete
 from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.data.truth import truth_table
-from antibackdoor.defenses import AUTO, Outcome, make_defense
+from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import write_csv, write_json
@@ -108,6 +108,7 @@ def train(
     experiment: Experiment | None = None,
     weights: str | Path | None = None,
     track: Sequence[str] = (),
+    clean: Splits | Data | str | Path | Dataset[Any] | None = None,
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
@@ -119,19 +120,20 @@ def train(
     weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
     differs.
     track: experiment trackers to tell: "tensorboard", "mlflow", "wandb"; needs `out`.
-    experiment: known truth, for measuring only. Raises InputError for bad input.
+    experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
+    them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
-    if isinstance(data, str | Path):
-        data = replace(load(data), name=str(data))
-    splits = Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
+    splits = _splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     method = make_defense(defense, options)
-    if method.needs:
-        raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
+    extras = {} if clean is None else {"clean": _splits(clean).train}
+    check_given(defense, method, extras)
+    if extras:
+        _check_clean(extras["clean"], splits.train)
     # A wrong name, kind or file of weights is told before anything is written.
     fresh = create(model, splits.train.spec) if isinstance(model, str) else copy.deepcopy(model)
     pretrained = None if weights is None else read_weights(Path(weights))
@@ -148,6 +150,7 @@ def train(
             "epochs": epochs,
             "seed": seed,
             **({} if weights is None else {"weights": fingerprint(Path(weights))}),
+            **{name: given.fingerprint() for name, given in extras.items()},
         }
         open_folder(folder, config, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
@@ -163,6 +166,7 @@ def train(
         fabric=fabric,
         folder=folder,
         progress=tracking.watch(progress),
+        extras=extras,
         epochs=epochs,
         weights=pretrained,
     )
@@ -184,6 +188,26 @@ def train(
         result.save(folder)
     tracking.end(result.metrics)
     return result
+
+
+def _splits(data: Splits | Data | str | Path | Dataset[Any]) -> Splits:
+    """Whatever a user names as data."""
+    if isinstance(data, str | Path):
+        return replace(load(data), name=str(data))
+    return Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
+
+
+def _check_clean(clean: Data, untrusted: Data) -> None:
+    """Clean samples must be of the same shape and name the same classes as the untrusted ones."""
+    if len(clean) == 0:
+        raise InputError("the clean set holds no samples.")
+    if (clean.spec.kind, clean.spec.shape) != (untrusted.spec.kind, untrusted.spec.shape):
+        raise InputError(
+            f"the clean samples have shape {clean.spec.shape} but the untrusted ones {untrusted.spec.shape}; "
+            "give both in one shape."
+        )
+    if clean.spec.classes != untrusted.spec.classes:
+        raise InputError("the clean set and the untrusted set do not name the same classes in the same order.")
 
 
 def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
