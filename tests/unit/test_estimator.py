@@ -38,6 +38,7 @@ CHECKS = list(estimator_checks_generator(RobustClassifier(**TINY, options=QUICK)
                                          mark="skip"))  # fmt: skip
 
 
+@pytest.mark.slow  # fifty checks, most of which train: `pytest -m slow tests/unit/test_estimator.py`
 @pytest.mark.parametrize("check", [check for _, check in CHECKS], ids=lambda c: getattr(c, "func", c).__name__)
 def test_checks_of_scikit_learn(check: Any) -> None:
     with warnings.catch_warnings():
