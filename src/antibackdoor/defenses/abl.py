@@ -66,9 +66,9 @@ class ABL(Defense):
 
     Scores: minus the cross entropy after the isolation stage. Flagged is what was isolated: a fixed share of any set,
     clean ones too, so there is no verdict. Suggested: the class that the final model ranks first among the others.
-    Deviations: the main training has the budget of this package (20, 60 and 20 epochs are the profile "paper"); the
-    ascent is guarded unless the profile says otherwise; small sets get floors of steps and of isolated samples. Profile
-    "code": flooding of the batch's mean, 10 epochs, 4 of ascent at 5e-4, as in the published code; all code bases take
+    Deviations: the main training has the budget of this package (20, 60 and 20 epochs are the profile "paper");
+    small sets get floors of steps and of isolated samples. The ascent is not guarded: it works because batch norms see
+    nothing but isolated samples; with frozen statistics what was fine-tuned gives no gradient to climb. Profile "code": flooding of the batch's mean, 10 epochs, 4 of ascent at 5e-4, as in the published code; all code bases take
     the sign of the batch's mean, the paper's formula that of each sample's loss.
     """
 
@@ -79,7 +79,6 @@ class ABL(Defense):
             ),
             "main": Recipe(epochs=60, min_steps=0, learning_rate=0.1, weight_decay=1e-4),
             "unlearning": Ascent(epochs=20, min_steps=0, learning_rate=1e-4, weight_decay=1e-4),
-            "guards": "literal",
         },
         "code": {
             "hold": "flooding",
@@ -89,7 +88,6 @@ class ABL(Defense):
             ),
             "main": Recipe(epochs=60, min_steps=0, learning_rate=0.1, weight_decay=1e-4),
             "unlearning": Ascent(epochs=4, min_steps=0, learning_rate=5e-4, weight_decay=1e-4),
-            "guards": "literal",
         },
     }
 
@@ -112,7 +110,7 @@ class ABL(Defense):
     )
     guards: Annotated[
         Literal["guarded", "literal"], Field(description="of the ascent: clipping, frozen statistics, stop rule")
-    ] = "guarded"
+    ] = "literal"
 
     def run(self, job: Job) -> Outcome:
         """Isolate, fine-tune, unlearn."""
