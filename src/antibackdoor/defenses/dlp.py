@@ -40,8 +40,9 @@ class DLP(Defense):
 
     Deviations: the literal reading of the paper is the profile "paper"; its unlearning at a rate of 0.01 destroys the
     network, so the default is slower and guarded. By default the entropies are those of all epochs of SL, not of the
-    last (`look`). Small sets get floors of steps and counts. Equal entropies are ordered by loss. The paper names no suspects; here they are the samples of the class that the poisoned side is
-    mostly labeled with, if the final network, which never learned them as labeled, sees another class.
+    last (`look`). Small sets get floors of steps and counts. Equal entropies are ordered by loss. The paper names no
+    suspects; here they are the samples of the class that the poisoned side is mostly labeled with, if the final
+    network, which never learned them as labeled, sees another class.
     """
 
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
@@ -60,7 +61,7 @@ class DLP(Defense):
         "sl-au-assft"
     )
     supervised: Annotated[Recipe, Field(description="SL")] = Recipe(
-        epochs=10, min_steps=400, learning_rate=0.01, schedule="constant", augment="none"
+        epochs=10, min_steps=100, learning_rate=0.01, schedule="constant", augment="none"
     )
     filter: Annotated[Literal["entropy", "loss"], Field(description="what tells the two sides")] = "entropy"
     look: Annotated[
