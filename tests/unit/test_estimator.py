@@ -72,7 +72,7 @@ def test_images(form: str) -> None:
     model = RobustClassifier(**TINY, options=QUICK).fit(x, data.y.numpy())
     assert model.spec_.shape == (3, 12, 12) and model.predict_proba(x).shape == (40, 4)
     with pytest.raises(ValueError, match="without normalization"):
-        model.predict(np.full((2, 3, 12, 12), 7.0))
+        model.predict(np.full((2, *x.shape[1:]), 7.0))
 
 
 def test_what_a_transformer_gives() -> None:
