@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
@@ -32,35 +31,20 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
-class Result:
-    """model: the clean classifier, a plain module. suspects: every training sample, most suspicious first."""
+class Findings:
+    """What is said of an untrusted set. suspects: every sample, most suspicious first."""
 
-    model: nn.Module
-    spec: Spec
     suspects: pd.DataFrame
     verdict: Verdict
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
-    architecture: str | None
     data: Data
     environment: dict[str, Any]
-
-    @torch.no_grad()
-    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
-        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
-        if not isinstance(x, Data):
-            stored = self.spec.encode(torch.as_tensor(x).float())
-            none = torch.zeros(len(stored), dtype=torch.int64)
-            x = Data(stored, none, self.spec, [str(i) for i in range(len(stored))], lengths)
-        device = next(self.model.parameters()).device
-        fabric = make_fabric(str(device), "32-true")
-        return logits_of(self.model, x, fabric).argmax(1).numpy()
 
     def save(self, folder: str | Path) -> Path:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.model, self.architecture, self.spec)
         atomically(folder / "suspects.csv", lambda part: self.suspects.to_csv(part, index=False))
         save_gallery(folder, self.data, self.suspects)
         write_json(folder / "verdict.json", self.verdict.as_json())
@@ -74,6 +58,33 @@ class Result:
         }
         write_json(folder / "result.json", summary)
         return folder
+
+
+@dataclass(frozen=True)
+class Result(Findings):
+    """Findings, and the clean classifier that was trained: a plain module."""
+
+    model: nn.Module
+    spec: Spec
+    architecture: str | None
+
+    @torch.no_grad()
+    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
+        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
+        if not isinstance(x, Data):
+            stored = self.spec.encode(torch.as_tensor(x).float())
+            none = torch.zeros(len(stored), dtype=torch.int64)
+            x = Data(stored, none, self.spec, [str(i) for i in range(len(stored))], lengths)
+        device = next(self.model.parameters()).device
+        fabric = make_fabric(str(device), "32-true")
+        return logits_of(self.model, x, fabric).argmax(1).numpy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model too, before all else."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, self.model, self.architecture, self.spec)
+        return super().save(folder)
 
 
 def train(
@@ -99,30 +110,23 @@ def train(
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
     experiment: known truth, for measuring only. Raises InputError for bad input.
     """
-    splits = load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
-    check_trainable(splits.train)
-    if epochs is not None and epochs < 1:
-        raise InputError(f"epochs must be at least 1, got {epochs}.")
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
     method = make_defense(defense, options)
     if method.needs:
         raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
-    if isinstance(model, str):
-        create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
-    fabric = make_fabric(device, precision)
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        name = AUTO if defense == "auto" else defense
-        config = {
-            "data": splits.train.fingerprint(),
-            "defense": {"name": name, "options": values(method)},
-            "model": model if isinstance(model, str) else type(model).__name__,
-            "epochs": epochs,
-            "seed": seed,
-        }
-        open_folder(folder, config, resume=resume)
-    job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
+    name = AUTO if defense == "auto" else defense
+    config = {"defense": {"name": name, "options": values(method)}, "model": model_name(model)}
+    splits, job = open_run(
+        data,
+        config,
+        model=model,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        precision=precision,
+        out=out,
+        resume=resume,
+        progress=progress,
+    )
     outcome = method.run(job)
     job.write_history()
     result = Result(
@@ -130,15 +134,55 @@ def train(
         spec=splits.train.spec,
         suspects=suspects_table(splits.train, outcome),
         verdict=decide(splits.train, outcome),
-        metrics=_metrics(splits, outcome, job, experiment, fabric),
+        metrics=_metrics(splits, outcome, job, experiment),
         history=job.history,
         architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
         data=splits.train,
-        environment=environment(fabric),
+        environment=environment(job.fabric),
     )
-    if folder is not None:
-        result.save(folder)
+    if job.folder is not None:
+        result.save(job.folder)
     return result
+
+
+def open_run(
+    data: Splits | Data | str | Path,
+    config: dict[str, Any],
+    *,
+    model: str | nn.Module,
+    epochs: int | None,
+    seed: int,
+    device: str,
+    precision: str,
+    out: str | Path | None,
+    resume: bool,
+    progress: Progress | None,
+) -> tuple[Splits, Job]:
+    """What every run starts with: data and settings checked, then the run folder, then a job in it.
+
+    config: what `config.json` says of the method; data, epochs and seed are added. Raises InputError before anything is
+    written.
+    """
+    splits = load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
+    check_trainable(splits.train)
+    if epochs is not None and epochs < 1:
+        raise InputError(f"epochs must be at least 1, got {epochs}.")
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if isinstance(model, str):
+        create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
+    fabric = make_fabric(device, precision)
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
+        open_folder(folder, told, resume=resume)
+    job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
+    return splits, job
+
+
+def model_name(model: str | nn.Module) -> str:
+    """How `config.json` calls a model."""
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
@@ -159,21 +203,20 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
     return table.sort_values(["flagged", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def _metrics(
-    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric
-) -> dict[str, Any]:
+def _metrics(splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
         target = experiment.truth.target
-        measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, fabric)
+        measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, job.fabric)
         if outcome.flagged.any() or outcome.scores.any():
             measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:
-        measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
-    steps = {row["stage"]: row["steps"] for row in job.history}
-    measured["cost"] = {
-        "seconds": round(sum(row["seconds"] for row in job.history), 1),
-        "steps": sum(steps.values()),
-        "parameters": sum(p.numel() for p in outcome.model.parameters()),
-    }
+        measured = accuracy(logits_of(outcome.model, splits.test, job.fabric).argmax(1), splits.test)
+    measured["cost"] = {**cost(job), "parameters": sum(p.numel() for p in outcome.model.parameters())}
     return measured
+
+
+def cost(job: Job) -> dict[str, Any]:
+    """Wall time and optimizer steps of all stages, also when the run was resumed."""
+    steps = {row["stage"]: row["steps"] for row in job.history}
+    return {"seconds": round(sum(row["seconds"] for row in job.history), 1), "steps": sum(steps.values())}
