@@ -206,8 +206,8 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
 def _metrics(splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
-        target = experiment.truth.target
-        measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, job.fabric)
+        triggered, targets = experiment.triggered, experiment.targets
+        measured = attack_measures(outcome.model, splits.test, triggered, targets, job.fabric)
         if outcome.flagged.any() or outcome.scores.any():
             measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:

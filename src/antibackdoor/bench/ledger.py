@@ -46,7 +46,7 @@ def run_cells(
         folder = stages / cell.name()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            record = run_cell(cell, folder=folder, device=device, progress=progress)
+            record = run_cell(cell, folder=folder, attacks=stages / "attacks", device=device, progress=progress)
             write_json(path, record)
         except Exception as problem:
             broken += 1

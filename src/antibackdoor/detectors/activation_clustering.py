@@ -71,6 +71,6 @@ class ActivationClustering(Detector):
         rng = np.random.default_rng(seed)
         rows = [rng.permutation(np.flatnonzero(group == side)) for side in (False, True)]
         chosen = np.concatenate([part[: max(2, round(share * len(part)))] for part in rows])
-        if not (np.ptp(group[chosen]) and len(chosen) > 2):
+        if group[chosen].all() or not group.any():  # all samples in one cluster
             return 0.0
         return float(silhouette_score(values[chosen], group[chosen]))
