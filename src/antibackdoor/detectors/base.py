@@ -66,6 +66,7 @@ class Detector(ABC):
         return verdict_of_classes(data, outcome)
 
 
+@options
 class Ranking(Detector):
     """Base of detectors that have no threshold of their own: whatever is flagged is a share that the user names."""
 
