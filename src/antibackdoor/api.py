@@ -17,7 +17,7 @@ from antibackdoor.data.load import load
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import atomically, write_json
+from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
@@ -45,7 +45,7 @@ class Findings:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        atomically(folder / "suspects.csv", lambda part: self.suspects.to_csv(part, index=False))
+        write_csv(folder / "suspects.csv", self.suspects)
         save_gallery(folder, self.data, self.suspects)
         write_json(folder / "verdict.json", self.verdict.as_json())
         write_json(folder / "metrics.json", self.metrics)
@@ -175,7 +175,7 @@ def open_run(
     folder = Path(out) if out is not None else None
     if folder is not None:
         told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
-        open_folder(folder, told, resume=resume)
+        open_folder(folder, told, resume=resume, source=splits.source)
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
     return splits, job
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
@@ -39,7 +40,7 @@ class Group(TyperGroup):
         except KeyboardInterrupt:
             words = ctx.meta["antibackdoor.words"]
             again = [*words, *(["--resume"] if "--resume" not in words else [])]
-            resumable = words[:1] == ["train"]
+            resumable = words[:1] in (["train"], ["scan"])
             _fail("interrupted" + (f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."), 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -74,11 +75,28 @@ class Format(StrEnum):
     folder = "folder"
 
 
+class CleanedForm(StrEnum):
+    """How a cleaned set is written."""
+
+    npz = "npz"
+    folder = "folder"
+    csv = "csv"
+
+
+class Undecided(StrEnum):
+    """What becomes of flagged samples that nobody decided about."""
+
+    drop = "drop"
+    keep = "keep"
+    suggest = "suggest"
+
+
 class What(StrEnum):
     """What can be listed."""
 
     attacks = "attacks"
     defenses = "defenses"
+    detectors = "detectors"
     models = "models"
     datasets = "datasets"
 
@@ -113,6 +131,10 @@ SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave o
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.")]
 Test = Annotated[str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, or be empty.")]
+UndecidedOption = Annotated[
+    Undecided,
+    typer.Option("--undecided", help="Reviews: what becomes of flagged samples that nobody decided about."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -152,6 +174,10 @@ def train(
     truth: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
     ] = None,
+    review: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.")
+    ] = None,
+    undecided: UndecidedOption = Undecided.drop,
     quiet: Quiet = False,
 ) -> None:
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
@@ -171,6 +197,10 @@ def train(
         data_root=data_root,
     )
     experiment = read_experiment(truth, splits) if truth else None
+    if review is not None:
+        from antibackdoor.review.session import open_session
+
+        splits = open_session(review, splits).cleaned(undecided.value)
     with show(_console(stderr=True), quiet=quiet) as progress:
         result = run(
             splits,
@@ -190,6 +220,91 @@ def train(
         from antibackdoor.summary import print_summary
 
         print_summary(_console(), result, out)
+
+
+@app.command()
+def scan(
+    data: Source,
+    out: Out,
+    detector: Annotated[str, typer.Option(help="auto or NAME; see `list detectors`.")] = "auto",
+    fail_on_poison: Annotated[
+        bool, typer.Option("--fail-on-poison", help="End with status 3 where the data look poisoned: a gate.")
+    ] = False,
+    settings: Settings = None,
+    model: Annotated[
+        str, typer.Option(help="What the detector trains: auto, NAME or NAME-wWIDTH; see `list models`.")
+    ] = "auto",
+    network: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Judge with the model of a run folder instead of training one.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the detector's training.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print verdict and flagged samples for programs.")] = False,
+    test: Test = None,
+    image_size: ImageSize = None,
+    missing: MissingOption = Missing.refuse,
+    skip_unreadable: SkipUnreadable = False,
+    memory_map: Annotated[bool, typer.Option("--memory-map", help="Read an .npz from disk as needed.")] = False,
+    data_root: DataRoot = None,
+    truth: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Only look for poison: verdict and suspects, for much less than `train` costs."""
+    import json
+
+    from antibackdoor.bench.poisoned import read_experiment
+    from antibackdoor.data.load import load
+    from antibackdoor.detectors import make_detector
+    from antibackdoor.progress import show
+    from antibackdoor.runs import load_model
+    from antibackdoor.scanning import scan as run
+
+    chosen = _settings(settings)
+    if fail_on_poison and not make_detector(detector, chosen).decides:
+        raise InputError(
+            f"the detector {detector!r}, so set, only ranks samples; a gate needs a verdict."
+        )
+    splits = load(
+        data,
+        test=test,
+        image_size=image_size,
+        missing=missing.value,
+        skip_unreadable=skip_unreadable,
+        memory_map=memory_map,
+        data_root=data_root,
+    )
+    experiment = read_experiment(truth, splits) if truth else None
+    with show(_console(stderr=True), quiet=quiet) as progress:
+        found = run(
+            splits,
+            detector=detector,
+            options=chosen,
+            model=model,
+            network=load_model(network)[0] if network else None,
+            epochs=epochs,
+            seed=seed,
+            device=device,
+            precision=precision,
+            out=out,
+            resume=resume,
+            progress=progress,
+            experiment=experiment,
+        )
+    from antibackdoor.summary import as_record, print_summary
+
+    if as_json:
+        typer.echo(json.dumps(as_record(found), indent=2, allow_nan=False))
+    elif not quiet:
+        print_summary(_console(), found, out)
+    if fail_on_poison and found.verdict.poisoned:
+        raise typer.Exit(3)
+    if fail_on_poison and not found.verdict.confidence:
+        raise InputError(f"the data could not be judged, so they do not pass: {' '.join(found.verdict.evidence)}")
 
 
 @app.command()
@@ -214,12 +329,12 @@ def predict(
     table = predict_table(
         folder, data, device=device, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
     )
-    from antibackdoor.files import atomically
+    from antibackdoor.files import write_csv
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; give --out the name of a file to write.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomically(out, lambda part: table.to_csv(part, index=False))
+    write_csv(out, table)
     if not quiet:
         right = f", {(table['predicted'] == table['label']).mean():.1%} as labeled" if "label" in table else ""
         typer.echo(f"{len(table):,} predictions in {out}{right}")
@@ -278,7 +393,7 @@ def poison(
 
 @app.command("list")
 def list_(
-    what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|models|datasets]")] = None,
+    what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|detectors|models|datasets]")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -300,6 +415,53 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     from antibackdoor.report import build_report
 
     typer.echo(str(build_report(folder)))
+
+
+@app.command()
+def review(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` or `scan` wrote.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Where the data are now, if not where the run read them.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 lets the system choose.")] = 0,
+    open_page: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Show the page in a browser [default: on a terminal].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Write the cleaned set there and open no page.")
+    ] = None,
+    form: Annotated[CleanedForm, typer.Option("--format", help="Of the export.")] = CleanedForm.npz,
+    undecided: UndecidedOption = Undecided.drop,
+    quiet: Quiet = False,
+) -> None:
+    """Go through the suspects on a local page (keep, drop, relabel) and export the cleaned set."""
+    from antibackdoor.review.session import open_session
+
+    session = open_session(folder, source=data)
+    if out is not None:
+        from antibackdoor.review.export import export
+
+        told = export(session, out, form.value, undecided.value)
+        if not quiet:
+            typer.echo(f"{told}; in {out}")
+        return
+    try:
+        from antibackdoor.review.server import serve
+    except ImportError:
+        raise InputError("the page needs two more packages: pip install 'antibackdoor[review]'.") from None
+
+    def ready(address: str) -> None:
+        typer.echo(f"Review page (for this machine only): {address}\nEnd with Ctrl-C; every decision is saved at once.")
+        if sys.stdout.isatty() if open_page is None else open_page:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(session, port, ready=ready)
+    if not quiet:
+        again = f"antibackdoor train {shlex.quote(data or 'DATA')} --review {shlex.quote(str(folder))} --out RUN"
+        typer.echo(f"\nDecisions are in {folder / 'review.jsonl'}. Train on the cleaned set: {again}")
 
 
 @app.command()

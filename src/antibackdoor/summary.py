@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.markup import escape
 
-from antibackdoor.api import Result
+from antibackdoor.api import Findings
 from antibackdoor.data.load import load_samples
 from antibackdoor.data.series import Missing
 from antibackdoor.report.words import percent, plain
@@ -27,7 +27,7 @@ MEASURES = {
 }
 
 
-def print_summary(console: Console, result: Result, folder: Path) -> None:
+def print_summary(console: Console, result: Findings, folder: Path) -> None:
     """The verdict in words, what was flagged, what is known of the accuracy, and where the report lies."""
     verdict, flagged, n = result.verdict, int(result.suspects["flagged"].sum()), len(result.suspects)
     if verdict.poisoned:
@@ -35,7 +35,10 @@ def print_summary(console: Console, result: Result, folder: Path) -> None:
         head = f"[bold red]This data looks poisoned[/], towards the class {escape(classes)}"
     else:
         head = "[bold green]No poison was found[/]"
-    console.print(f"{head} (confidence {percent(verdict.confidence)}).", soft_wrap=True)
+    if verdict.confidence:
+        console.print(f"{head} (confidence {percent(verdict.confidence)}).", soft_wrap=True)
+    else:
+        console.print("[bold yellow]Whether there is poison was not judged[/]:", soft_wrap=True)
     for sentence in verdict.evidence:
         console.print(f"  {escape(plain(sentence))}", soft_wrap=True)
     console.print(f"{flagged:,} of {n:,} samples are flagged in suspects.csv.")
@@ -43,6 +46,13 @@ def print_summary(console: Console, result: Result, folder: Path) -> None:
         if key in result.metrics:
             console.print(f"{name}: {percent(result.metrics[key]['value'])}")
     console.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def as_record(result: Findings) -> dict[str, Any]:
+    """The verdict and the flagged samples, most suspicious first, as JSON values."""
+    flagged = result.suspects[result.suspects["flagged"]]
+    rows = flagged[["id", "label", "score", "suggested_label", "reason"]].to_dict("records")
+    return {**result.verdict.as_json(), "n": len(result.suspects), "flagged": len(rows), "suspects": rows}
 
 
 def predict_table(

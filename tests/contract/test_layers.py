@@ -32,7 +32,7 @@ LAYERS = [
     {"report"},
     {"runs"},
     {"api"},
-    {"estimator", "listing", "progress", "review", "scan", "summary"},
+    {"estimator", "listing", "progress", "review", "scanning", "summary"},
     {"demo"},
     {"cli"},
 ]

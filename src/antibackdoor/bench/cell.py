@@ -11,7 +11,14 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
+from antibackdoor.bench.judge import (
+    accuracy,
+    attack_measures,
+    detection_measures,
+    partition_measures,
+    selection_measures,
+    stage_measures,
+)
 from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
@@ -134,6 +141,11 @@ def run_cell(
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    if outcome.selections:
+        y = data.y.cpu()
+        measures["selections"] = {name: selection_measures(s, y, truth) for name, s in outcome.selections.items()}
+    if outcome.stages:
+        measures["stages"] = stage_measures(outcome, splits.test, experiment, fabric)
     return {
         "cell": cell.resolved(),
         "environment": environment(fabric),
