@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from antibackdoor.attacks import ATTACKS, Attack, Fitted, State
 from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.arrays import load_npz, write_npz, write_part
-from antibackdoor.data.core import Splits, Truth
+from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.folders import folder_names, write_class_folders
 from antibackdoor.data.images import load_folder
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
