@@ -266,9 +266,7 @@ def scan(
 
     chosen = _settings(settings)
     if fail_on_poison and not make_detector(detector, chosen).decides:
-        raise InputError(
-            f"the detector {detector!r}, so set, only ranks samples; a gate needs a verdict."
-        )
+        raise InputError(f"the detector {detector!r}, so set, only ranks samples; a gate needs a verdict.")
     splits = load(
         data,
         test=test,

@@ -141,7 +141,7 @@ def test_a_group_of_its_own_is_found(name: str) -> None:
 def test_nothing_is_found_where_there_is_nothing(name: str) -> None:
     """No share is dropped from every class for its own sake."""
     for seed in range(5):
-        values, y = normal(120, seed=seed), [0] * 60 + [1] * 60
+        values, y = normal(120, seed=seed).relu() if seed % 2 else normal(120, seed=seed), [0] * 60 + [1] * 60
         outcome = run(name, values, y)
         verdict = make_detector(name).verdict(as_data(values, y), outcome)
         assert not outcome.flagged.any() and not verdict.poisoned and verdict.evidence
@@ -157,7 +157,10 @@ def test_spectral_signatures_by_hand() -> None:
 def test_a_given_rate_flags_one_and_a_half_of_it_in_every_class() -> None:
     values, y, truth = poisoned_class(60)
     outcome = run("spectral_signatures", values, y, rate=0.2)
-    assert [int(outcome.flagged[:60].sum()), int(outcome.flagged[60:].sum())] == [18, 18]
+    assert [int(outcome.flagged[:60].sum()), int(outcome.flagged[60:].sum())] == [
+        18,
+        18,
+    ]  # not 1.5 * 0.2 of the set, and not half of every class
     assert (outcome.flagged[truth]).all()
     detector = make_detector("spectral_signatures", {"rate": 0.2})
     assert not detector.decides and not detector.verdict(as_data(values, y), outcome).poisoned
@@ -168,7 +171,7 @@ def test_activation_clustering_scores_by_hand() -> None:
     values = torch.tensor([[0.0], [2.0], [19.0], [20.0], [20.0], [21.0]])
     outcome = run("activation_clustering", values, [0] * 6, 2)
     s = outcome.evidence["classes"][0]["separation"]
-    assert 0.9 < s < 1 and outcome.flagged.tolist() == [True, True, False, False, False, False]
+    assert 0.9 < s < 1 and not outcome.flagged.any()  # six samples prove nothing
     leaning = [19 / 20, 17 / 18, -17 / 18, -1, -1, -19 / 20]
     assert outcome.scores.tolist() == pytest.approx([s * t for t in leaning], rel=1e-6)
 
@@ -176,8 +179,19 @@ def test_activation_clustering_scores_by_hand() -> None:
 def test_half_of_a_class_is_not_flagged() -> None:
     values, y, _ = poisoned_class(60, group=30)
     outcome = run("activation_clustering", values, y)
-    assert not outcome.flagged.any() and max(row["separation"] for row in outcome.evidence["classes"]) > 0.15
+    assert not outcome.flagged.any() and max(row["separation"] for row in outcome.evidence["classes"]) > 0.35
     assert run("activation_clustering", values, y, largest=0.5).flagged.sum() == 30
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_a_few_samples_are_scored_but_not_flagged(name: str) -> None:
+    values, y, _ = poisoned_class(60, group=2, distance=60)
+    outcome = run(name, values, y)
+    assert not outcome.flagged.any() and set(outcome.scores.topk(2).indices.tolist()) == {118, 119}
+    small, labels = values[60:][-16:], [0] * 16
+    outcome = run(name, small, labels, 2)
+    assert not outcome.flagged.any() and outcome.scores[-2:].min() > outcome.scores[:-2].max()
+    assert make_detector(name).verdict(as_data(small, labels, 2), outcome).confidence == 0
 
 
 def test_large_classes_are_clustered_as_a_whole() -> None:

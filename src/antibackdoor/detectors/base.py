@@ -92,18 +92,27 @@ class Ranking(Detector):
         return outcome_of(model, data, scores, flagged, reason, {})
 
 
+FEWEST, SMALLEST = 20, 3
+"""Samples that a class and the group in it must have to be called poisoned: fewer fall into two groups by chance."""
+
+
 @dataclass(frozen=True)
 class Split:
     """One class cut into two groups by its features; m samples.
 
     scores: `(m,)`. group: `(m,)` bool, the group that is suspicious if any is. separation: how far the two lie apart.
-    found: whether they lie so far apart, and are of such sizes, that the detector calls the group poison.
+    found: whether they lie so far apart, and are of such sizes, that the detector's rule calls the group poison.
     """
 
     scores: Tensor
     group: Tensor
     separation: float
     found: bool
+
+
+def enough(group: Tensor) -> bool:
+    """Whether a class and the group in it, `(m,)` bool, are large enough to say anything."""
+    return len(group) >= FEWEST and int(group.sum()) >= SMALLEST
 
 
 def split_classes(
@@ -142,15 +151,16 @@ def verdict_of_classes(data: Data, outcome: Outcome) -> Verdict:
     """From the evidence of `split_classes`. The confidence orders runs by their margin; it is not calibrated."""
     rows, threshold = outcome.evidence["classes"], outcome.evidence["threshold"]
     measure = outcome.evidence["measure"]
-    if not rows:
-        return Verdict(False, 0.0, evidence=["No class has enough samples, with features that differ, to be judged."])
+    if all(row["n"] < FEWEST for row in rows):
+        sentence = f"No class has the {FEWEST} samples, with features that differ, that it takes to be judged."
+        return Verdict(False, 0.0, evidence=[sentence])
     found = sorted((row for row in rows if row["found"]), key=lambda row: -row["separation"])
-    shown = found or [max(rows, key=lambda row: row["separation"])]
+    shown = found or [max((row for row in rows if row["n"] >= FEWEST), key=lambda row: row["separation"])]
     sentences = [
         f"Of the {row['n']} samples labeled {data.spec.classes[row['class']]!r}, {row['group']} form a group of their "
         f"own: {measure} {row['separation']:.2f}, threshold {threshold:g}."
         if row["found"]
-        else f"No class falls into two groups. Nearest to it comes {data.spec.classes[row['class']]!r}, with "
+        else f"No class holds a group of its own. Nearest to it comes {data.spec.classes[row['class']]!r}, with "
         f"{row['group']} of {row['n']} samples on one side: {measure} {row['separation']:.2f}, threshold {threshold:g}."
         for row in shown
     ]

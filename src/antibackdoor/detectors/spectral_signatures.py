@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.defenses.base import Outcome
-from antibackdoor.detectors.base import DETECTORS, Detector, Split, check_finite, split_classes
+from antibackdoor.detectors.base import DETECTORS, Detector, Split, check_finite, enough, split_classes
 from antibackdoor.options import options
 from antibackdoor.seeds import derive
 from antibackdoor.training.job import Job
@@ -70,7 +70,7 @@ class SpectralSignatures(Detector):
     rate: Annotated[
         float | None, Field(gt=0, lt=1, description="expected poisoned share of a class; null: a rule of its own")
     ] = None
-    separation: Annotated[float, Field(gt=0, description="distance of the two groups, in Ashman's D")] = 4.0
+    separation: Annotated[float, Field(gt=0, description="least distance of the two groups, in Ashman's D")] = 5.0
 
     @property
     def decides(self) -> bool:
@@ -87,8 +87,8 @@ class SpectralSignatures(Detector):
         """One class: centered features `(m, D)`."""
         along = projections(features, derive(0, "spectral signatures", label))
         group, apart = halves(along)
-        scores, found = along**2, apart >= self.separation
+        scores, found = along**2, apart >= self.separation and enough(group)
         if self.rate is not None:
-            group, found = torch.zeros_like(group), True
+            group = torch.zeros_like(group)
             group[top(scores, min(len(scores), round(1.5 * self.rate * len(scores))))] = True
-        return Split(scores, group, apart, found)
+        return Split(scores, group, apart, found or self.rate is not None)
