@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
 from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
+from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
@@ -21,7 +23,7 @@ from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import open_folder, save_gallery, save_model
+from antibackdoor.runs import describe_data, open_folder, save_attention, save_gallery, save_model
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -30,9 +32,12 @@ from antibackdoor.verdict import Verdict, decide
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What is said of an untrusted set. suspects: every sample, most suspicious first."""
+    """What is said of an untrusted set.
+
+    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report.
+    """
 
     suspects: pd.DataFrame
     verdict: Verdict
@@ -40,13 +45,17 @@ class Findings:
     history: list[dict[str, Any]]
     data: Data
     environment: dict[str, Any]
+    attention: Attention | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "suspects.csv", self.suspects)
-        save_gallery(folder, self.data, self.suspects)
+        reference = None if self.attention is None else self.attention.reference
+        save_gallery(folder, self.data, self.suspects, reference)
+        if self.attention is not None:
+            save_attention(folder, self.attention)
         write_json(folder / "verdict.json", self.verdict.as_json())
         write_json(folder / "metrics.json", self.metrics)
         write_json(folder / "env.json", self.environment)
@@ -60,7 +69,7 @@ class Findings:
         return folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result(Findings):
     """Findings, and the clean classifier that was trained: a plain module."""
 
@@ -126,6 +135,7 @@ def train(
         out=out,
         resume=resume,
         progress=progress,
+        experiment=experiment,
     )
     outcome = method.run(job)
     job.write_history()
@@ -139,6 +149,7 @@ def train(
         architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
         data=splits.train,
         environment=environment(job.fabric),
+        attention=attention_of(job.data, outcome, job.fabric),
     )
     if job.folder is not None:
         result.save(job.folder)
@@ -157,13 +168,16 @@ def open_run(
     out: str | Path | None,
     resume: bool,
     progress: Progress | None,
+    experiment: Experiment | None,
 ) -> tuple[Splits, Job]:
     """What every run starts with: data and settings checked, then the run folder, then a job in it.
 
     config: what `config.json` says of the method; data, epochs and seed are added. Raises InputError before anything is
     written.
     """
-    splits = load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
+    if isinstance(data, str | Path):
+        data = replace(load(data), name=str(data))
+    splits = data if isinstance(data, Splits) else Splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
@@ -176,6 +190,9 @@ def open_run(
     if folder is not None:
         told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
         open_folder(folder, told, resume=resume, source=splits.source)
+        write_json(folder / "data.json", describe_data(splits))
+        if experiment is not None:
+            write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
     return splits, job
 

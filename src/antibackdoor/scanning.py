@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from antibackdoor.api import Findings, cost, model_name, open_run, suspects_table
+from antibackdoor.attention import attention_of
 from antibackdoor.bench.judge import Experiment, detection_measures
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.detectors import AUTO, make_detector
@@ -68,6 +69,7 @@ def scan(
         out=out,
         resume=resume,
         progress=progress,
+        experiment=experiment,
     )
     outcome = method.run(job, None if network is None else _ready(network, job))
     job.write_history()
@@ -82,6 +84,7 @@ def scan(
         history=job.history,
         data=splits.train,
         environment=environment(job.fabric),
+        attention=attention_of(job.data, outcome, job.fabric),
     )
     if job.folder is not None:
         findings.save(job.folder)

@@ -27,7 +27,7 @@ LAYERS = [
     {"defenses"},
     {"verdict"},
     {"detectors"},
-    {"environment"},
+    {"attention", "environment"},
     {"bench"},
     {"report"},
     {"runs"},
@@ -41,7 +41,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items()}
 """What `from antibackdoor import name` leads to."""
-BLIND = {"models", "training", "detectors", "defenses", "verdict"}
+BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
 HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}, "detectors": {"base"}}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

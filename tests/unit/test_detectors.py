@@ -179,7 +179,7 @@ def test_activation_clustering_scores_by_hand() -> None:
 def test_half_of_a_class_is_not_flagged() -> None:
     values, y, _ = poisoned_class(60, group=30)
     outcome = run("activation_clustering", values, y)
-    assert not outcome.flagged.any() and max(row["separation"] for row in outcome.evidence["classes"]) > 0.35
+    assert not outcome.flagged.any() and max(row["separation"] for row in outcome.evidence["classes"]) > 0.5
     assert run("activation_clustering", values, y, largest=0.5).flagged.sum() == 30
 
 

@@ -41,7 +41,7 @@ class ActivationClustering(Detector):
     """
 
     components: Annotated[int, Field(ge=1, description="principal components that are kept")] = 10
-    silhouette: Annotated[float, Field(gt=0, lt=1, description="least silhouette of a class that is flagged")] = 0.35
+    silhouette: Annotated[float, Field(gt=0, lt=1, description="least silhouette of a class that is flagged")] = 0.5
     largest: Annotated[float, Field(gt=0, le=0.5, description="largest share of a class that is flagged")] = 0.35
 
     def run(self, job: Job, model: nn.Module | None = None) -> Outcome:
