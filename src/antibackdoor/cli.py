@@ -114,8 +114,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, folder written by `poison`, or a name "
-        "that `list datasets` shows.",
+        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, .parquet, .arrow, WebDataset .tar, folder "
+        "written by `poison` or by Hugging Face's save_to_disk, or a name that `list datasets` shows.",
     ),
 ]
 Settings = Annotated[
