@@ -159,7 +159,7 @@ def train(
 
 
 def open_run(
-    data: Splits | Data | str | Path,
+    data: Splits | Data | str | Path | Dataset[Any],
     config: dict[str, Any],
     *,
     model: str | nn.Module,

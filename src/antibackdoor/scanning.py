@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from antibackdoor.api import Findings, cost, model_name, open_run, suspects_table
 from antibackdoor.attention import attention_of
@@ -26,7 +27,7 @@ MODEL = "auto-w16"
 
 
 def scan(
-    data: Splits | Data | str | Path,
+    data: Splits | Data | str | Path | Dataset[Any],
     *,
     detector: str = "auto",
     options: dict[str, Any] | None = None,
