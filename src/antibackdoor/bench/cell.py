@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
+from antibackdoor.bench.detection import judge_detectors
 from antibackdoor.bench.judge import (
     accuracy,
     attack_measures,
@@ -23,6 +24,7 @@ from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
 from antibackdoor.defenses import make_defense
+from antibackdoor.detectors import make_detector
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError
 from antibackdoor.options import build, options, values
@@ -52,6 +54,9 @@ class Cell:
     model: str = "auto"
     epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
     batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
+    detectors: Annotated[
+        list[str] | None, Field(min_length=1, description="judge the samples with these too, on the model that results")
+    ] = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
@@ -65,6 +70,8 @@ class Cell:
         defense = values(make_defense(self.defense, self.defense_options))
         changes = dict(self.defense_options)
         own = {name: value for name, value in values(self).items() if value is not None}
+        if self.detectors is not None:
+            own["detectors"] = {name: values(make_detector(name)) for name in self.detectors}
         return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}
 
     def name(self) -> str:
@@ -141,6 +148,22 @@ def run_cell(
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    if cell.detectors:
+
+        def job_of(name: str) -> Job:
+            """Detectors that watch a training have a schedule of their own."""
+            place = None if folder is None else folder / "detectors" / name
+            return Job(
+                data,
+                model=cell.model,
+                seed=cell.seed,
+                fabric=fabric,
+                folder=place,
+                progress=progress,
+                batch_size=cell.batch_size,
+            )
+
+        measures["detectors"] = judge_detectors(cell.detectors, outcome.model, job_of, truth)
     if outcome.selections:
         y = data.y.cpu()
         measures["selections"] = {name: selection_measures(s, y, truth) for name, s in outcome.selections.items()}
