@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, dete
 from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.data.truth import truth_table
-from antibackdoor.defenses import AUTO, Outcome, make_defense
+from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import write_csv, write_json
@@ -111,6 +112,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     experiment: Experiment | None = None,
+    clean: Splits | Data | str | Path | Dataset[Any] | None = None,
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
@@ -119,11 +121,12 @@ def train(
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
-    experiment: known truth, for measuring only. Raises InputError for bad input.
+    experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
+    them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
     method = make_defense(defense, options)
-    if method.needs:
-        raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
+    extras = {} if clean is None else {"clean": _splits(clean).train}
+    check_given(defense, method, extras)
     name = AUTO if defense == "auto" else defense
     config = {"defense": {"name": name, "options": values(method)}, "model": model_name(model)}
     splits, job = open_run(
@@ -138,6 +141,7 @@ def train(
         resume=resume,
         progress=progress,
         experiment=experiment,
+        extras=extras,
     )
     outcome = method.run(job)
     job.write_history()
@@ -171,37 +175,69 @@ def open_run(
     resume: bool,
     progress: Progress | None,
     experiment: Experiment | None,
+    extras: Mapping[str, Data] | None = None,
 ) -> tuple[Splits, Job]:
     """What every run starts with: data and settings checked, then the run folder, then a job in it.
 
-    config: what `config.json` says of the method; data, epochs and seed are added. Raises InputError before anything is
-    written.
+    config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
+    is given, as "clean". Raises InputError before anything is written.
     """
-    if isinstance(data, str | Path):
-        data = replace(load(data), name=str(data))
-    splits = Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
+    splits = _splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    given = dict(extras or {})
+    if "clean" in given:
+        _check_clean(given["clean"], splits.train)
     if isinstance(model, str):
         create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
     fabric = make_fabric(device, precision)
     folder = Path(out) if out is not None else None
     if folder is not None:
         told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
+        told |= {name: extra.fingerprint() for name, extra in given.items()}
         open_folder(folder, told, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
         if experiment is not None:
             write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
-    job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
+    job = Job(
+        splits.train,
+        model=model,
+        seed=seed,
+        fabric=fabric,
+        folder=folder,
+        progress=progress,
+        extras=given,
+        epochs=epochs,
+    )
     return splits, job
 
 
 def model_name(model: str | nn.Module) -> str:
     """How `config.json` calls a model."""
     return model if isinstance(model, str) else type(model).__name__
+
+
+def _splits(data: Splits | Data | str | Path | Dataset[Any]) -> Splits:
+    """Whatever a user names as data."""
+    if isinstance(data, str | Path):
+        return replace(load(data), name=str(data))
+    return Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
+
+
+def _check_clean(clean: Data, untrusted: Data) -> None:
+    """Clean samples must be of the same shape and name the same classes as the untrusted ones."""
+    if len(clean) == 0:
+        raise InputError("the clean set holds no samples.")
+    if (clean.spec.kind, clean.spec.shape) != (untrusted.spec.kind, untrusted.spec.shape):
+        raise InputError(
+            f"the clean samples have shape {clean.spec.shape} but the untrusted ones {untrusted.spec.shape}; "
+            "give both in one shape."
+        )
+    if clean.spec.classes != untrusted.spec.classes:
+        raise InputError("the clean set and the untrusted set do not name the same classes in the same order.")
 
 
 def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:

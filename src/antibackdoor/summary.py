@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.markup import escape
 
-from antibackdoor.api import Findings
+from antibackdoor.api import Findings, Result
+from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load_samples
 from antibackdoor.data.series import Missing
+from antibackdoor.defenses import make_defense
+from antibackdoor.models import resolve
 from antibackdoor.report.words import percent, plain
 from antibackdoor.runs import load_model
 from antibackdoor.training.job import make_fabric
@@ -48,11 +51,41 @@ def print_summary(console: Console, result: Findings, folder: Path) -> None:
     console.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
 
 
-def as_record(result: Findings) -> dict[str, Any]:
-    """The verdict and the flagged samples, most suspicious first, as JSON values."""
+def summary(result: Findings, folder: Path) -> dict[str, Any]:
+    """What `--json` prints: verdict, counts, measures, the first suspects, and where the files lie."""
     flagged = result.suspects[result.suspects["flagged"]]
-    rows = flagged[["id", "label", "score", "suggested_label", "reason"]].to_dict("records")
-    return {**result.verdict.as_json(), "n": len(result.suspects), "flagged": len(rows), "suspects": rows}
+    return {
+        **result.verdict.as_json(),
+        "samples": len(result.suspects),
+        "flagged": len(flagged),
+        "first_suspects": flagged["id"].head(20).tolist(),
+        "metrics": result.metrics,
+        **({"architecture": result.architecture} if isinstance(result, Result) else {}),
+        "out": str(folder),
+        "report": str(folder / "report.html"),
+    }
+
+
+def flagged_rows(result: Findings) -> list[dict[str, Any]]:
+    """All flagged samples, most suspicious first."""
+    flagged = result.suspects[result.suspects["flagged"]]
+    rows: list[dict[str, Any]] = flagged[["id", "label", "score", "suggested_label", "reason"]].to_dict("records")
+    return rows
+
+
+def print_plan(console: Console, splits: Splits, defense: str, settings: dict[str, Any], model: str) -> None:
+    """What is about to be run, with what "auto" stands for."""
+    data, test = splits.train, splits.test
+    held = "no test set" if test is None else f"{len(test):,} test samples"
+    shape, classes = " x ".join(map(str, data.spec.shape)), len(data.spec.classes)
+    console.print(
+        f"data: {escape(splits.name)}, {len(data):,} samples ({data.spec.kind}, {shape}, {classes} classes), {held}",
+        soft_wrap=True,
+    )
+    method = make_defense(defense, settings)
+    network = resolve(model, data.spec)
+    console.print(f"defense: {escape(repr(method))}", soft_wrap=True)
+    console.print(f"model: {escape(str(network))}", soft_wrap=True)
 
 
 def predict_table(

@@ -73,7 +73,7 @@ def test_scan_of_series_with_the_default(run: Run, tmp_path: Path) -> None:
 def test_a_gate_stops_what_looks_poisoned(run: Run, tampered: Path, images: Path, tmp_path: Path) -> None:
     found = run("scan", tampered, "--out", tmp_path / "bad", *GATE, *SHORT, "--json", "--quiet", status=3)
     told = json.loads(found.output)
-    assert told["poisoned"] and told["target_classes"] == ["bright"] and told["n"] == 88
+    assert told["poisoned"] and told["target_classes"] == ["bright"] and told["samples"] == 88
     assert sorted(row["id"] for row in told["suspects"]) == [str(k) for k in range(80, 88)]
     assert (tmp_path / "bad" / "result.json").exists()  # the evidence is kept
     again = run("scan", tampered, "--out", tmp_path / "bad", *GATE, *SHORT, "--resume", status=3)

@@ -19,6 +19,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 
 LAYERS = [
     {"errors"},
+    {"settings"},
     {"files", "options", "registry", "seeds"},
     {"data"},
     {"models"},
@@ -32,7 +33,7 @@ LAYERS = [
     {"report"},
     {"runs"},
     {"api"},
-    {"estimator", "listing", "progress", "review", "scanning", "summary"},
+    {"doctor", "estimator", "listing", "progress", "review", "scanning", "summary"},
     {"demo"},
     {"cli"},
 ]

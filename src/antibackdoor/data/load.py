@@ -19,6 +19,7 @@ from antibackdoor.data.catalog import CATALOG, load_named
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
+from antibackdoor.data.mapped import fills_memory
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
@@ -34,7 +35,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     missing: Missing = "refuse",
     skip_unreadable: bool = False,
-    memory_map: bool = False,
+    memory_map: bool | None = None,
     data_root: Path | None = None,
 ) -> Splits:
     """Read a data set: a path goes before a name of the catalog.
@@ -46,7 +47,8 @@ def load(
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
-    memory_map: read an `.npz` from disk as needed. data_root: where NAME.npz files of the catalog lie.
+    memory_map: read an `.npz` from disk as needed; None: where it would fill a quarter of the memory.
+    data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
     if not isinstance(source, str | Path):
@@ -79,7 +81,7 @@ def _load(
     image_size: int | tuple[int, int] | None,
     missing: Missing,
     skip_unreadable: bool,
-    memory_map: bool,
+    memory_map: bool | None,
     data_root: Path | None,
 ) -> Splits:
     path = _inside(Path(source))
@@ -87,7 +89,7 @@ def _load(
     if missing not in ("refuse", "interpolate", "zero"):
         raise unknown("choice for missing values", missing, ("refuse", "interpolate", "zero"))
     if not path.exists():
-        return _load_named(str(source), held, image_size, missing, memory_map, data_root)
+        return _load_named(str(source), held, image_size, missing, bool(memory_map), data_root)
     if held is not None and not held.exists():
         raise InputError(f"the test set {held} does not exist.")
     kind = _kind(path)
@@ -97,7 +99,8 @@ def _load(
         raise InputError(f"{path} is read as {kind}, which cannot be memory-mapped; only .npz files can.")
     if kind == "npz":
         _refuse_size(path, image_size)
-        return load_npz(path, test=held, missing=missing, memory_map=memory_map)
+        mapped = fills_memory(path) if memory_map is None else memory_map
+        return load_npz(path, test=held, missing=missing, memory_map=mapped)
     if kind == "series":
         _refuse_size(path, image_size)
         return load_series(path, test=held, missing=missing)
@@ -170,7 +173,7 @@ def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, p
 def _inside(path: Path) -> Path:
     """The data in a folder that `antibackdoor poison` wrote."""
     if (path / "attack.json").is_file() and (path / "truth.csv").is_file():
-        return path / "data.npz" if (path / "data.npz").is_file() else path / "data"
+        return next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
     return path
 
 
