@@ -69,8 +69,8 @@ def summary(result: Findings, folder: Path) -> dict[str, Any]:
 def flagged_rows(result: Findings) -> list[dict[str, Any]]:
     """All flagged samples, most suspicious first."""
     flagged = result.suspects[result.suspects["flagged"]]
-    rows: list[dict[str, Any]] = flagged[["id", "label", "score", "suggested_label", "reason"]].to_dict("records")
-    return rows
+    rows = flagged[["id", "label", "score", "suggested_label", "reason"]].to_dict("records")
+    return [{str(key): value for key, value in row.items()} for row in rows]
 
 
 def print_plan(console: Console, splits: Splits, defense: str, settings: dict[str, Any], model: str) -> None:
