@@ -70,7 +70,7 @@ class SpectralSignatures(Detector):
     rate: Annotated[
         float | None, Field(gt=0, lt=1, description="expected poisoned share of a class; null: a rule of its own")
     ] = None
-    separation: Annotated[float, Field(gt=0, description="least distance of the two groups, in Ashman's D")] = 7.0
+    separation: Annotated[float, Field(gt=0, description="least distance of the two groups, in Ashman's D")] = 4.0
 
     @property
     def decides(self) -> bool:
