@@ -122,15 +122,19 @@ def describe_data(splits: Splits) -> dict[str, Any]:
 def issues_table(suspects: pd.DataFrame, ids: Sequence[str]) -> pd.DataFrame:
     """Suspects in the form of cleanlab's issue tables: one row a sample, in the order of `ids`.
 
-    is_backdoor_issue: flagged. backdoor_score: in [0, 1], LOW for a suspicious sample, as all scores there.
+    is_backdoor_issue: flagged. backdoor_score: in [0, 1], LOW for a suspicious sample, as all scores there; one minus
+    the probability or, of detectors that estimate none, minus the rank.
     given_label, and predicted_label: the suggested label, else the given one.
     """
     table = suspects.set_index("id").loc[list(ids)]
+    chance = table["probability"].astype(float)
+    if chance.isna().any():  # some detectors only order the samples
+        chance = table["score"].rank(pct=True)
     suggested = table["suggested_label"].where(table["suggested_label"] != "", table["label"])
     return pd.DataFrame(
         {
             "is_backdoor_issue": table["flagged"].astype(bool),
-            "backdoor_score": 1 - table["probability"].astype(float).clip(0, 1),
+            "backdoor_score": 1 - chance.clip(0, 1),
             "given_label": table["label"],
             "predicted_label": suggested,
         }

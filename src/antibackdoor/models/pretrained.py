@@ -32,6 +32,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def fingerprint(path: Path) -> str:
     """A content hash of a file."""
     digest = hashlib.sha256()
+    if not path.is_file():
+        raise InputError(f"the weights {path} do not exist.")
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
