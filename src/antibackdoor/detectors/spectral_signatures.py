@@ -28,16 +28,16 @@ def projections(features: Tensor, seed: int = 0) -> Tensor:
     """
     features = features.double()
     m, dims = features.shape
-    if dims <= min(m, LARGE):
-        along: Tensor = features @ torch.linalg.eigh(features.T @ features).eigenvectors[:, -1]
-        return along
-    if m <= LARGE:
+    if m < dims and m <= LARGE:
         values, vectors = torch.linalg.eigh(features @ features.T)
-        along = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
-        return along
+        u: Tensor = vectors[:, -1]
+        return u * values[-1].clamp_min(0).sqrt()
+    if dims <= LARGE:
+        v: Tensor = torch.linalg.eigh(features.T @ features).eigenvectors
+        return features @ v[:, -1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, *features.shape), niter=ROUNDS)
+        _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, m, dims), niter=ROUNDS)
     return features @ v[:, 0]
 
 
