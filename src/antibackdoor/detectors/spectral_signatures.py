@@ -16,19 +16,28 @@ from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import features_of
 
-DIRECTIONS, ROUNDS = 6, 8
-"""Size and rounds of the subspace iteration; its first direction is the one that is used."""
+DIRECTIONS, ROUNDS, LARGE = 6, 8, 1024
+"""Size and rounds of the subspace iteration, and from which size of the smaller Gram matrix on it is the cheaper."""
 
 
 def projections(features: Tensor, seed: int = 0) -> Tensor:
     """`(m,)` float64: centered features `(m, D)` along their first right singular vector; the sign has no meaning.
 
-    Found by subspace iteration on a few random directions (Halko et al. 2011), never by a full decomposition.
+    Found from the smaller Gram matrix or, where both are large, by subspace iteration on a few random directions (Halko
+    et al. 2011); never by a full decomposition.
     """
     features = features.double()
+    m, dims = features.shape
+    if m < dims and m <= LARGE:
+        values, vectors = torch.linalg.eigh(features @ features.T)
+        u: Tensor = vectors[:, -1]
+        return u * values[-1].clamp_min(0).sqrt()
+    if dims <= LARGE:
+        v: Tensor = torch.linalg.eigh(features.T @ features).eigenvectors
+        return features @ v[:, -1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, *features.shape), niter=ROUNDS)
+        _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, m, dims), niter=ROUNDS)
     return features @ v[:, 0]
 
 
