@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,9 +24,11 @@ from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
+from antibackdoor.models.pretrained import fingerprint, read_weights, take_weights
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import describe_data, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.tracking import Tracking
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -34,41 +37,31 @@ from antibackdoor.verdict import Verdict, decide
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
-@dataclass(frozen=True)
-class Result:
-    """model: the clean classifier, a plain module. suspects: every training sample, most suspicious first."""
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is said of an untrusted set.
 
-    model: nn.Module
-    spec: Spec
+    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report.
+    """
+
     suspects: pd.DataFrame
     verdict: Verdict
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
-    architecture: str | None
     data: Data
     environment: dict[str, Any]
     attention: Attention | None = None
 
-    @torch.no_grad()
-    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
-        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
-        if not isinstance(x, Data):
-            stored = self.spec.encode(torch.as_tensor(x).float())
-            none = torch.zeros(len(stored), dtype=torch.int64)
-            given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
-            series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]
-            spec = replace(self.spec, shape=given) if series else self.spec
-            x = Data(stored, none, spec, [str(i) for i in range(len(stored))], lengths)
-        device = next(self.model.parameters()).device
-        fabric = make_fabric(str(device), "32-true")
-        return logits_of(self.model, x, fabric).argmax(1).numpy()
+    def issues(self) -> pd.DataFrame:
+        """One row a sample in the order of the data, with the columns of cleanlab's issue tables."""
+        return issues_table(self.suspects, self.data.ids)
 
     def save(self, folder: str | Path) -> Path:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.model, self.architecture, self.spec)
         write_csv(folder / "suspects.csv", self.suspects)
+        write_csv(folder / "history.csv", pd.DataFrame(self.history))
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
         if self.attention is not None:
@@ -86,6 +79,36 @@ class Result:
         return folder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Result(Findings):
+    """Findings, and the clean classifier that was trained: a plain module."""
+
+    model: nn.Module
+    spec: Spec
+    architecture: str | None
+
+    @torch.no_grad()
+    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
+        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
+        if not isinstance(x, Data):
+            stored = self.spec.encode(torch.as_tensor(x).float())
+            none = torch.zeros(len(stored), dtype=torch.int64)
+            given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
+            series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]
+            spec = replace(self.spec, shape=given) if series else self.spec
+            x = Data(stored, none, spec, [str(i) for i in range(len(stored))], lengths)
+        device = next(self.model.parameters()).device
+        fabric = make_fabric(str(device), "32-true")
+        return logits_of(self.model, x, fabric).argmax(1).numpy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model too, before all else."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, self.model, self.architecture, self.spec)
+        return super().save(folder)
+
+
 def train(
     data: Splits | Data | str | Path | Dataset[Any],
     *,
@@ -101,6 +124,8 @@ def train(
     progress: Progress | None = None,
     experiment: Experiment | None = None,
     clean: Splits | Data | str | Path | Dataset[Any] | None = None,
+    weights: str | Path | None = None,
+    track: Sequence[str] = (),
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
@@ -109,8 +134,76 @@ def train(
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
+    weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
+    differs. track: experiment trackers to tell, "tensorboard", "mlflow", "wandb"; needs `out`.
     experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
     them and for no other; of `Splits` the training part. Raises InputError for bad input.
+    """
+    method = make_defense(defense, options)
+    extras = {} if clean is None else {"clean": _splits(clean).train}
+    check_given(defense, method, extras)
+    name = AUTO if defense == "auto" else defense
+    config = {"defense": {"name": name, "options": values(method)}, "model": model_name(model)}
+    if weights is not None:
+        config["weights"] = fingerprint(Path(weights))
+    splits, job = open_run(
+        data,
+        config,
+        model=model,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        precision=precision,
+        out=out,
+        resume=resume,
+        progress=progress,
+        experiment=experiment,
+        extras=extras,
+        weights=weights,
+    )
+    tracking = Tracking(track, job.folder)
+    tracking.begin({**config, "seed": seed})
+    job.progress = tracking.watch(job.progress)
+    outcome = method.run(job)
+    job.write_history()
+    result = Result(
+        model=outcome.model.eval(),
+        spec=splits.train.spec,
+        suspects=suspects_table(splits.train, outcome),
+        verdict=decide(splits.train, outcome),
+        metrics=_metrics(splits, outcome, job, experiment),
+        history=job.history,
+        architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
+        data=splits.train,
+        environment=environment(job.fabric),
+        attention=attention_of(job.data, outcome, job.fabric),
+    )
+    if job.folder is not None:
+        result.save(job.folder)
+    tracking.end(result.metrics)
+    return result
+
+
+def open_run(
+    data: Splits | Data | str | Path | Dataset[Any],
+    config: dict[str, Any],
+    *,
+    model: str | nn.Module,
+    epochs: int | None,
+    seed: int,
+    device: str,
+    precision: str,
+    out: str | Path | None,
+    resume: bool,
+    progress: Progress | None,
+    experiment: Experiment | None,
+    extras: Mapping[str, Data] | None = None,
+    weights: str | Path | None = None,
+) -> tuple[Splits, Job]:
+    """What every run starts with: data and settings checked, then the run folder, then a job in it.
+
+    config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
+    is given, as "clean". weights: a file that every model starts from. Raises InputError before anything is written.
     """
     splits = _splits(data)
     check_trainable(splits.train)
@@ -118,26 +211,20 @@ def train(
         raise InputError(f"epochs must be at least 1, got {epochs}.")
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    method = make_defense(defense, options)
-    extras = {} if clean is None else {"clean": _splits(clean).train}
-    check_given(defense, method, extras)
-    if extras:
-        _check_clean(extras["clean"], splits.train)
-    if isinstance(model, str):
-        create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
+    given = dict(extras or {})
+    if "clean" in given:
+        _check_clean(given["clean"], splits.train)
+    # A wrong name, kind or file of weights is told before anything is written.
+    fresh = create(model, splits.train.spec) if isinstance(model, str) else copy.deepcopy(model)
+    pretrained = None if weights is None else read_weights(Path(weights))
+    if pretrained is not None:
+        take_weights(fresh, pretrained, weights)
     fabric = make_fabric(device, precision)
     folder = Path(out) if out is not None else None
     if folder is not None:
-        name = AUTO if defense == "auto" else defense
-        config = {
-            "data": splits.train.fingerprint(),
-            "defense": {"name": name, "options": values(method)},
-            "model": model if isinstance(model, str) else type(model).__name__,
-            "epochs": epochs,
-            "seed": seed,
-            **{name: given.fingerprint() for name, given in extras.items()},
-        }
-        open_folder(folder, config, resume=resume, source=splits.source)
+        told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
+        told |= {name: extra.fingerprint() for name, extra in given.items()}
+        open_folder(folder, told, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
         if experiment is not None:
             write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
@@ -148,26 +235,16 @@ def train(
         fabric=fabric,
         folder=folder,
         progress=progress,
-        extras=extras,
+        extras=given,
         epochs=epochs,
+        weights=pretrained,
     )
-    outcome = method.run(job)
-    job.write_history()
-    result = Result(
-        model=outcome.model.eval(),
-        spec=splits.train.spec,
-        suspects=suspects_table(splits.train, outcome),
-        verdict=decide(splits.train, outcome),
-        metrics=_metrics(splits, outcome, job, experiment, fabric),
-        history=job.history,
-        architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
-        data=splits.train,
-        environment=environment(fabric),
-        attention=attention_of(job.data, outcome, fabric),
-    )
-    if folder is not None:
-        result.save(folder)
-    return result
+    return splits, job
+
+
+def model_name(model: str | nn.Module) -> str:
+    """How `config.json` calls a model."""
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def _splits(data: Splits | Data | str | Path | Dataset[Any]) -> Splits:
@@ -208,21 +285,20 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
     return table.sort_values(["flagged", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def _metrics(
-    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric
-) -> dict[str, Any]:
+def _metrics(splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
         triggered, targets = experiment.triggered, experiment.targets
-        measured = attack_measures(outcome.model, splits.test, triggered, targets, fabric)
+        measured = attack_measures(outcome.model, splits.test, triggered, targets, job.fabric)
         if outcome.flagged.any() or outcome.scores.any():
             measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:
-        measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
-    steps = {row["stage"]: row["steps"] for row in job.history}
-    measured["cost"] = {
-        "seconds": round(sum(row["seconds"] for row in job.history), 1),
-        "steps": sum(steps.values()),
-        "parameters": sum(p.numel() for p in outcome.model.parameters()),
-    }
+        measured = accuracy(logits_of(outcome.model, splits.test, job.fabric).argmax(1), splits.test)
+    measured["cost"] = {**cost(job), "parameters": sum(p.numel() for p in outcome.model.parameters())}
     return measured
+
+
+def cost(job: Job) -> dict[str, Any]:
+    """Wall time and optimizer steps of all stages, also when the run was resumed."""
+    steps = {row["stage"]: row["steps"] for row in job.history}
+    return {"seconds": round(sum(row["seconds"] for row in job.history), 1), "steps": sum(steps.values())}
