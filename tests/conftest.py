@@ -1,3 +1,5 @@
+"""One thread: what is trained here is too small to gain from more, and workers share the cores."""
+
 import torch
 
-torch.set_num_threads(1)  # what is trained here is too small to gain from more
+torch.set_num_threads(1)
