@@ -42,7 +42,7 @@ PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items
 """What `from antibackdoor import name` leads to."""
 BLIND = {"models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
-HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}}
+HELPERS = {"attacks": {"base", "generator", "stamp", "surrogate"}, "defenses": {"base", "dual_head", "suspects"}}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "os.system", "torch.load", "yaml.load", "pd.read_pickle", "pandas.read_pickle"}
 UNSAFE_KEYWORDS = {("allow_pickle", True), ("shell", True), ("weights_only", False)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +48,10 @@ class Generator(nn.Module):
             h = blank(layer(h).relu(), mask)
             skips.append((h, mask))
         for layer, (skip, mask) in zip(self.up, reversed(skips[:-1]), strict=True):
-            h = blank(layer(torch.cat([F.interpolate(h, size=skip.shape[2:]), skip], 1)).relu(), mask)
+            crop: Any = (
+                ...,
+                *[slice(size) for size in skip.shape[2:]],
+            )  # a series gets the same however far it is padded
+            h = blank(layer(torch.cat([F.interpolate(h, scale_factor=2)[crop], skip], 1)).relu(), mask)
         out: Tensor = blank(self.last(h), mask)
         return out

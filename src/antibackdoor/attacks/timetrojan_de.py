@@ -75,7 +75,7 @@ def add(x: Tensor, places: Tensor, values: Tensor, lengths: Tensor | None) -> Te
 
 
 class Turns(Objective):
-    """Cross entropy on partly poisoned batches; after every epoch the population evolves against the new surrogate.
+    """Cross entropy on partly poisoned batches; before every epoch the population evolves against the surrogate.
 
     genes: `(P, 1 + C, K)` in [0, 1): places, then values, of which [0, 1) stands for [-eta, eta) standard deviations.
     """
@@ -84,7 +84,7 @@ class Turns(Objective):
         self.attack, self.probe, self.std, self.seed = attack, probe, std, seed
         shape = (attack.population, 1 + len(std), steps)
         self.genes = torch.rand(shape, generator=generator(seed, "genes")).to(std.device)
-        self.winner = 0
+        self.winner, self.numbers = 0, dict[str, float]()
 
     def best(self) -> tuple[Tensor, Tensor]:
         """Places `(K,)` and values `(C, K)` of the fittest."""
@@ -101,12 +101,12 @@ class Turns(Objective):
         out = logits(model, x, batch.lengths)
         return Step(F.cross_entropy(out, batch.y.index_fill(0, poison, self.attack.target)))
 
-    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """Some generations; returns the best fitness before and after."""
+    def before_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Some generations, in evaluation mode."""
         rng = generator(self.seed, "evolution", epoch)
         model.eval()
         fitness = self._fitness(model, self.genes)
-        before = float(fitness.min())
+        self.numbers = {"fitness_before": float(fitness.min())}
         for _ in range(self.attack.generations):
             challengers = self._challengers(rng)
             their_fitness = self._fitness(model, challengers)
@@ -114,7 +114,12 @@ class Turns(Objective):
             self.genes = torch.where(better[:, None, None], challengers, self.genes)
             fitness = torch.where(better, their_fitness, fitness)
         self.winner = int(fitness.argmin())
-        return {"fitness_before": before, "fitness": float(fitness.min())}
+        self.numbers["fitness"] = float(fitness.min())
+        model.train()
+
+    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
+        """The best fitness before and after the round's evolution."""
+        return self.numbers
 
     def _challengers(self, rng: torch.Generator) -> Tensor:
         """`a + F (b - c)` of three others, F = 0.5, folded back into [0, 1), crossed with the parent at CR = 0.8."""
