@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -48,12 +50,22 @@ class Group(TyperGroup):
             _fail(f"{where}{error.strerror or error}.", 2)
 
 
+def _examples(*lines: str) -> str:
+    """Lines for the end of a help text, one below the other."""
+    return "\n".join(("Examples:", *lines))
+
+
 app = typer.Typer(
     cls=Group,
     name="antibackdoor",
     help="Train a clean model on images or time series nobody vouches for, and name the samples that look poisoned.",
+    epilog=_examples(
+        "antibackdoor demo                      see it work; the data come along",
+        "antibackdoor train photos --out run    your own: a folder for each class",
+        "antibackdoor review run                go through the suspects, export",
+        "antibackdoor doctor                    what this machine has and lacks",
+    ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -72,6 +84,22 @@ class Format(StrEnum):
 
     npz = "npz"
     folder = "folder"
+
+
+class CleanedForm(StrEnum):
+    """How a cleaned set is written."""
+
+    npz = "npz"
+    folder = "folder"
+    csv = "csv"
+
+
+class Undecided(StrEnum):
+    """What becomes of flagged samples that nobody decided about."""
+
+    drop = "drop"
+    keep = "keep"
+    suggest = "suggest"
 
 
 class What(StrEnum):
@@ -95,8 +123,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, folder written by `poison`, or a name "
-        "that `list datasets` shows.",
+        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, .parquet, .arrow, WebDataset .tar, folder "
+        "written by `poison` or by Hugging Face's save_to_disk, or a name that `list datasets` shows.",
     ),
 ]
 Settings = Annotated[
@@ -113,7 +141,37 @@ SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave o
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.")]
 Test = Annotated[str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, or be empty.")]
+UndecidedOption = Annotated[
+    Undecided,
+    typer.Option("--undecided", help="Reviews: what becomes of flagged samples that nobody decided about."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs; progress is on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is run, and every epoch.")]
+
+
+def _configure(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> None:
+    """Take defaults from a file before the other options are read; see `settings`."""
+    if path is not None:
+        from antibackdoor.settings import read_settings
+
+        known = [p.name for p in ctx.command.params if p.name and p.name not in {"config", "settings", "help"}]
+        chosen, table = read_settings(path, known)
+        ctx.default_map = {**(ctx.default_map or {}), **chosen}
+        ctx.meta[CONFIG] = table
+
+
+CONFIG = "antibackdoor.set"
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        callback=_configure,
+        is_eager=True,
+        help="Options from a file, and hyper-parameters in its [set] table; what is typed goes before it.",
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -131,8 +189,17 @@ def _global(
     pass
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor train photos --out run",
+        "antibackdoor train photos --out run --epochs 30 --set isolation_rate=0.1",
+        "antibackdoor train sensors.npz --test held-out.npz --out run --json",
+        "antibackdoor train --config run.toml --seed 1 --out run-1",
+        "antibackdoor train photos --out run --resume    after an interruption",
+    )
+)
 def train(
+    ctx: typer.Context,
     data: Source,
     out: Out,
     test: Test = None,
@@ -147,11 +214,24 @@ def train(
     image_size: ImageSize = None,
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
-    memory_map: Annotated[bool, typer.Option("--memory-map", help="Read an .npz from disk as needed.")] = False,
+    memory_map: Annotated[
+        bool | None,
+        typer.Option(help="Read an .npz from disk as needed [default: where it would fill a quarter of the memory]."),
+    ] = None,
     data_root: DataRoot = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A few samples known to be clean, for defenses that need them.")
+    ] = None,
     truth: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
     ] = None,
+    review: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.")
+    ] = None,
+    undecided: UndecidedOption = Undecided.drop,
+    config: Config = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
@@ -160,7 +240,7 @@ def train(
     from antibackdoor.data.load import load
     from antibackdoor.progress import show
 
-    chosen = _settings(settings)
+    chosen = _settings(settings, ctx)
     splits = load(
         data,
         test=test,
@@ -170,8 +250,20 @@ def train(
         memory_map=memory_map,
         data_root=data_root,
     )
+    splits = replace(splits, name=data)
     experiment = read_experiment(truth, splits) if truth else None
-    with show(_console(stderr=True), quiet=quiet) as progress:
+    trusted = clean and load(
+        clean, image_size=image_size, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
+    )
+    if review is not None:
+        from antibackdoor.review.session import open_session
+
+        splits = open_session(review, splits).cleaned(undecided.value)
+    if verbose:
+        from antibackdoor.summary import print_plan
+
+        print_plan(_console(stderr=True), splits, defense, chosen, model)
+    with show(_console(stderr=True), quiet=quiet, every=verbose) as progress:
         result = run(
             splits,
             defense=defense,
@@ -185,14 +277,24 @@ def train(
             resume=resume,
             progress=progress,
             experiment=experiment,
+            clean=trusted or None,
         )
-    if not quiet:
+    if as_json:
+        from antibackdoor.summary import summary
+
+        _print_json(summary(result, out))
+    elif not quiet:
         from antibackdoor.summary import print_summary
 
         print_summary(_console(), result, out)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor predict run new-photos --out predictions.csv",
+        "antibackdoor predict run cat.png --out one.csv",
+    )
+)
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` wrote.")],
     data: Annotated[
@@ -214,19 +316,26 @@ def predict(
     table = predict_table(
         folder, data, device=device, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
     )
-    from antibackdoor.files import atomically
+    from antibackdoor.files import write_csv
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; give --out the name of a file to write.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomically(out, lambda part: table.to_csv(part, index=False))
+    write_csv(out, table)
     if not quiet:
         right = f", {(table['predicted'] == table['label']).mean():.1%} as labeled" if "label" in table else ""
         typer.echo(f"{len(table):,} predictions in {out}{right}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor poison digits --attack badnets --rate 0.1 --target 0 --out poisoned",
+        "antibackdoor poison photos --attack blend --format folder --out poisoned",
+        "antibackdoor list attacks blend       its hyper-parameters",
+    )
+)
 def poison(
+    ctx: typer.Context,
     data: Source,
     attack: Annotated[str, typer.Option(help="See `list attacks`.")],
     out: Out,
@@ -234,7 +343,7 @@ def poison(
     target: Annotated[str | None, typer.Option(metavar="CLASS", help="Name or number of the class to lead to.")] = None,
     settings: Settings = None,
     seed: Seed = 0,
-    form: Annotated[Format, typer.Option("--format", help="One .npz, or a folder of PNG files.")] = Format.npz,
+    form: Annotated[Format, typer.Option("--format", help="One .npz, or the kind of files that came in.")] = Format.npz,
     stages: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where an attack that trains something is kept and found again.")
     ] = None,
@@ -244,6 +353,7 @@ def poison(
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
+    config: Config = None,
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
@@ -266,32 +376,56 @@ def poison(
     )
     with show(_console(stderr=True), quiet=quiet, title=attack) as progress:
         poisoned = make(splits, attack, chosen, seed=seed, fabric=make_fabric(device), kept=stages, progress=progress)
-    write_poisoned(poisoned, out, form=form.value)
+    came_as_manifest = form is Format.folder and Path(data).suffix.lower() == ".csv"
+    write_poisoned(poisoned, out, form="manifest" if came_as_manifest else form.value)
     if not quiet:
-        counts = poisoned.attack["counts"]
+        counts, stealth = poisoned.attack["counts"], poisoned.attack["stealth"]
+        names = {"psnr": "PSNR", "ssim": "SSIM", "relative_l2": "relative L2", "max_deviation": "largest deviation"}
+        shown = [f"{names[key]} {stealth[key]['value']:.3g}" for key in names if stealth.get(key, {}).get("n")]
         typer.echo(
             f"{counts['poisoned']:,} of {counts['n']:,} samples poisoned ({counts['rate_of_set']:.1%} of the set, "
-            f"{counts['rate_of_class']:.1%} of the target class) in {out}\n"
+            f"{counts['rate_of_class']:.1%} of the target class) in {out}; {', '.join(shown)}\n"
             f"Next: antibackdoor train {shlex.quote(str(out))} --truth {shlex.quote(str(out))} --out RUN"
         )
 
 
-@app.command("list")
+@app.command(
+    "list",
+    epilog=_examples(
+        "antibackdoor list                     everything",
+        "antibackdoor list defenses e2abl      one, with its hyper-parameters",
+        "antibackdoor list datasets --json",
+    ),
+)
 def list_(
     what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|models|datasets]")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show what there is; with a name, its options."""
-    import json
-
     from antibackdoor.listing import listing, print_listing
 
     found = listing(what.value if what else None, name)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         print_listing(_console(), found)
+
+
+@app.command()
+def doctor(
+    data_root: DataRoot = None, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
+) -> None:
+    """Tell versions, devices, threads, data and extras of this machine; status 1 if something is wrong."""
+    from antibackdoor.doctor import examine, print_examination
+
+    found = examine(data_root)
+    if as_json:
+        _print_json(found)
+    else:
+        print_examination(_console(), found)
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -302,7 +436,66 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     typer.echo(str(build_report(folder)))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor review run",
+        "antibackdoor review run --export cleaned --format folder",
+        "antibackdoor train photos --review run --out clean-run",
+    )
+)
+def review(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` or `scan` wrote.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Where the data are now, if not where the run read them.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 lets the system choose.")] = 0,
+    open_page: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Show the page in a browser [default: on a terminal].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Write the cleaned set there and open no page.")
+    ] = None,
+    form: Annotated[CleanedForm, typer.Option("--format", help="Of the export.")] = CleanedForm.npz,
+    undecided: UndecidedOption = Undecided.drop,
+    quiet: Quiet = False,
+) -> None:
+    """Go through the suspects on a local page (keep, drop, relabel) and export the cleaned set."""
+    from antibackdoor.review.session import open_session
+
+    session = open_session(folder, source=data)
+    if out is not None:
+        from antibackdoor.review.export import export
+
+        told = export(session, out, form.value, undecided.value)
+        if not quiet:
+            typer.echo(f"{told}; in {out}")
+        return
+    try:
+        from antibackdoor.review.server import serve
+    except ImportError:
+        raise InputError("the page needs two more packages: pip install 'antibackdoor[review]'.") from None
+
+    def ready(address: str) -> None:
+        typer.echo(f"Review page (for this machine only): {address}\nEnd with Ctrl-C; every decision is saved at once.")
+        if sys.stdout.isatty() if open_page is None else open_page:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(session, port, ready=ready)
+    if not quiet:
+        again = f"antibackdoor train {shlex.quote(data or 'DATA')} --review {shlex.quote(str(folder))} --out RUN"
+        typer.echo(f"\nDecisions are in {folder / 'review.jsonl'}. Train on the cleaned set: {again}")
+
+
+@app.command(
+    epilog=_examples(
+        "antibackdoor bench grid.toml --out results --plan    what is missing",
+        "antibackdoor bench grid.toml --out results           run it, or go on",
+        "antibackdoor bench --out results --table             only the tables",
+    )
+)
 def bench(
     grid: Annotated[Path | None, typer.Argument(metavar="GRID.toml", help="Which cells to run.")] = None,
     out: Annotated[
@@ -369,15 +562,21 @@ def demo(
             webbrowser.open(path.resolve().as_uri())
 
 
-def _settings(texts: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs; the values are parsed by the options they belong to."""
+def _settings(texts: list[str] | None, ctx: typer.Context | None = None) -> dict[str, Any]:
+    """NAME=VALUE pairs, those of a file of settings first; the values are parsed by the options they belong to."""
     chosen: dict[str, Any] = {}
-    for text in texts or []:
+    for text in [*(ctx.meta.get(CONFIG, []) if ctx else []), *(texts or [])]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--set takes NAME=VALUE, got {text!r}.")
         chosen[name.strip()] = value.strip()
     return chosen
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
 
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -18,6 +18,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 
 LAYERS = [
     {"errors"},
+    {"settings"},
     {"files", "options", "registry", "seeds"},
     {"data"},
     {"models"},
@@ -26,12 +27,12 @@ LAYERS = [
     {"attacks"},
     {"defenses"},
     {"verdict"},
-    {"environment"},
+    {"attention", "environment"},
     {"bench"},
     {"report"},
     {"runs"},
     {"api"},
-    {"estimator", "listing", "progress", "review", "scan", "summary"},
+    {"doctor", "estimator", "listing", "progress", "review", "scan", "summary"},
     {"demo"},
     {"cli"},
 ]
@@ -40,7 +41,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items()}
 """What `from antibackdoor import name` leads to."""
-BLIND = {"models", "training", "detectors", "defenses", "verdict"}
+BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
 HELPERS = {"attacks": {"base", "generator", "stamp", "surrogate"}, "defenses": {"base", "dual_head", "suspects"}}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

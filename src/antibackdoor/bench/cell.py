@@ -11,11 +11,18 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
+from antibackdoor.bench.judge import (
+    accuracy,
+    attack_measures,
+    detection_measures,
+    partition_measures,
+    selection_measures,
+    stage_measures,
+)
 from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
-from antibackdoor.defenses import make_defense
+from antibackdoor.defenses import check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError
 from antibackdoor.options import build, options, values
@@ -25,6 +32,8 @@ from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
 
 GATES = {"composite": 0.85, "timetrojan_fgsm": 0.70}
+CLEAN_SHARE = 0.05
+"""What a defense that needs clean samples gets of the training set; the share of all papers that compare such."""
 GATE = 0.95
 """Undefended attack success rate under which an attack "did not take"; it depends on the attack only."""
 
@@ -45,6 +54,10 @@ class Cell:
     model: str = "auto"
     epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
     batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
+    clean_share: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description=f"of training set, for defenses that need clean samples; {CLEAN_SHARE}"),
+    ] = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
@@ -55,9 +68,12 @@ class Cell:
         attack = (
             {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
         )
-        defense = values(make_defense(self.defense, self.defense_options))
+        method = make_defense(self.defense, self.defense_options)
+        defense = values(method)
         changes = dict(self.defense_options)
-        own = {name: value for name, value in values(self).items() if value is not None}
+        own = {name: value for name, value in values(self).items() if value is not None and name != "clean_share"}
+        if "clean" in method.needs:
+            own["clean_share"] = self.clean_share or CLEAN_SHARE
         return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}
 
     def name(self) -> str:
@@ -74,6 +90,22 @@ def subset(data: Data, size: int | None) -> Data:
     return data.take(torch.randperm(len(data), generator=generator(0, "subset"))[:size].sort().values)
 
 
+def carve(data: Data, share: float, seed: int) -> tuple[Data, Data]:
+    """(the rest, a clean part): `share` of every class, at least one sample of those that have two.
+
+    Drawn before anything is poisoned and gone from what is; the test set stays out of it.
+    """
+    y, rng = data.y.cpu(), generator(seed, "clean")
+    chosen = torch.zeros(len(data), dtype=torch.bool)
+    for k in y.unique().tolist():
+        rows = (y == k).nonzero().flatten()
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        chosen[rows[torch.randperm(len(rows), generator=rng)[:count]]] = True
+    if not chosen.any():
+        raise InputError(f"no class of the {len(data)} training samples has two, so none can be set aside as clean.")
+    return data.take((~chosen).nonzero().flatten()), data.take(chosen.nonzero().flatten())
+
+
 def run_cell(
     cell: Cell,
     *,
@@ -88,10 +120,14 @@ def run_cell(
     kept, so that all cells of a grid share them.
     """
     splits = load(cell.data)
-    splits = Splits(subset(splits.train, cell.train_size), splits.test)
+    defense, train, extras = make_defense(cell.defense, cell.defense_options), subset(splits.train, cell.train_size), {}
+    if "clean" in defense.needs:
+        train, extras["clean"] = carve(train, cell.clean_share or CLEAN_SHARE, cell.seed)
+    check_given(cell.defense, defense, extras)
+    splits = Splits(train, splits.test)
     if splits.test is None:
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
-    fabric, experiment, data = make_fabric(device), None, splits.train
+    fabric, experiment, stealth, data = make_fabric(device), None, None, splits.train
     if cell.attack != "none":
         poisoned = poison(
             splits,
@@ -103,7 +139,7 @@ def run_cell(
             kept=attacks,
             progress=progress,
         )
-        data, experiment = poisoned.splits.train, poisoned.experiment
+        data, experiment, stealth = poisoned.splits.train, poisoned.experiment, poisoned.attack["stealth"]
     job = Job(
         data,
         model=cell.model,
@@ -111,10 +147,10 @@ def run_cell(
         fabric=fabric,
         folder=folder,
         progress=progress,
+        extras=extras,
         epochs=cell.epochs,
         batch_size=cell.batch_size,
     )
-    defense = make_defense(cell.defense, cell.defense_options)
     outcome = defense.run(job)
     cost = {
         "seconds": round(sum(row["seconds"] for row in job.history), 1),  # of all stages, also when it was resumed
@@ -130,10 +166,16 @@ def run_cell(
     else:
         truth = experiment.truth
         measures = attack_measures(outcome.model, splits.test, experiment.triggered, experiment.targets, fabric)
+        measures["stealth"] = stealth
     measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    if outcome.selections:
+        y = data.y.cpu()
+        measures["selections"] = {name: selection_measures(s, y, truth) for name, s in outcome.selections.items()}
+    if outcome.stages:
+        measures["stages"] = stage_measures(outcome, splits.test, experiment, fabric)
     return {
         "cell": cell.resolved(),
         "environment": environment(fabric),

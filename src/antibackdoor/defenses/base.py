@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from antibackdoor.data.batches import Batch
+from antibackdoor.errors import InputError
 from antibackdoor.options import options
 from antibackdoor.registry import Registry
 from antibackdoor.training.job import Job
@@ -36,6 +39,10 @@ class Outcome:
     suggested: `(n,)` int64, the class a flagged sample seems to belong to, -1 where there is none to suggest.
     reasons: a sentence for flagged samples, by row number. evidence: numbers for the verdict, by name.
     partitions: one an epoch, where the method splits the samples.
+    selections: sets of samples that the method relied on, by name, `(n,)` bool; the judge says how poisoned each is.
+    stages: weights of the model after each stage, in order, where they are worth judging one by one (`snapshot`).
+    witness: the network that a backdoor shows in, and how to get its logits, where that is not the model itself; it is
+    looked at for the report and not kept.
     """
 
     model: nn.Module
@@ -46,6 +53,9 @@ class Outcome:
     reasons: dict[int, str] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
     partitions: list[Partition] = field(default_factory=list)
+    selections: dict[str, Tensor] = field(default_factory=dict)
+    stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    witness: tuple[nn.Module, Callable[[nn.Module, Batch], Tensor]] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -53,6 +63,11 @@ class Outcome:
             raise RuntimeError("scores, probability, flagged and suggested must have one value for each sample")
         if not (torch.isfinite(self.scores).all() and torch.isfinite(self.probability).all()):
             raise RuntimeError("a defense gave a score or probability that is not finite")
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's weights in main memory."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 @options
@@ -67,6 +82,17 @@ class Defense(ABC):
     @abstractmethod
     def run(self, job: Job) -> Outcome:
         """Train on `job.data` and judge its samples."""
+
+
+def check_given(name: str, method: Defense, given: Collection[str]) -> None:
+    """Refuse a run without what the method needs beyond the untrusted set, and one given what it would not use."""
+    if lacking := sorted(method.needs - set(given)):
+        raise InputError(
+            f"the defense {name!r} needs {' and '.join(lacking)} samples beside the untrusted ones; give a few "
+            f"with --{lacking[0]} PATH ({lacking[0]}= in Python), or choose a defense that needs nothing."
+        )
+    if unused := sorted(set(given) - method.needs):
+        raise InputError(f"the defense {name!r} uses no {unused[0]} samples; leave out --{unused[0]}.")
 
 
 DEFENSES: Registry[type[Defense]] = Registry("defense")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -22,6 +22,8 @@ from antibackdoor.models import create, set_normalization
 from antibackdoor.seeds import derive
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
+
+R = TypeVar("R", bound=Recipe)
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
@@ -73,7 +75,10 @@ class Job:
         self.data = to_device(data, self.fabric.device)
         self.seed, self.folder = seed, folder
         self.progress = progress or Progress()
-        self.extras = extras or {}
+        self.extras = {
+            name: to_device(value, self.fabric.device) if isinstance(value, Data) else value
+            for name, value in (extras or {}).items()
+        }
         self.budget: dict[str, Any] = {
             k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
         }
@@ -109,7 +114,15 @@ class Job:
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
         return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
 
-    def recipe(self, recipe: Recipe) -> Recipe:
+    @property
+    def clean(self) -> Data:
+        """The few samples known to be clean, for a method that declares `needs = {"clean"}`."""
+        data: Data | None = self.extras.get("clean")
+        if data is None:
+            raise InputError("this defense repairs its model on clean samples; give some with --clean (clean=).")
+        return data
+
+    def recipe(self, recipe: R) -> R:
         """The method's own recipe, with the user's epochs and batch size in place of its own where they were given."""
         return replace(recipe, **self.budget)
 
@@ -130,19 +143,21 @@ class Job:
         objective: Objective,
         recipe: Recipe,
         *,
+        data: Data | None = None,
         rows: Tensor | None = None,
         parameters: ParameterGroups | None = None,
         adam: bool = False,
     ) -> None:
         """Train in place; checkpoints after an epoch when the last is `checkpoint_seconds` old, and at the end.
 
+        data: what to train on, the untrusted set by default; `rows` of it, all by default.
         adam: AdamW in place of SGD, for triggers and generators, whose gradients have no natural scale.
         """
         stage = Fit(
             name,
             model,
             objective,
-            self.data,
+            self.data if data is None else data,
             recipe,
             rows=rows,
             parameters=parameters,
