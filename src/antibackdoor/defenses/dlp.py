@@ -40,8 +40,9 @@ class DLP(Defense):
 
     Deviations: the literal reading of the paper is the profile "paper"; its unlearning at a rate of 0.01 destroys the
     network, so the default is slower and guarded. By default the entropies are those of all epochs of SL, not of the
-    last (`look`). Small sets get floors of steps and counts. Equal entropies are ordered by loss. The paper names no suspects; here they are the samples of the class that the poisoned side is
-    mostly labeled with, if the final network, which never learned them as labeled, sees another class.
+    last (`look`). Small sets get floors of steps and counts. Equal entropies are ordered by loss. The paper names no
+    suspects; here they are the samples of the class that the poisoned side is mostly labeled with, if the final
+    network, which never learned them as labeled, sees another class.
     """
 
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
