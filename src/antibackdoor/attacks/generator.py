@@ -52,6 +52,7 @@ class Generator(nn.Module):
                 ...,
                 *[slice(size) for size in skip.shape[2:]],
             )  # a series gets the same however far it is padded
-            h = blank(layer(torch.cat([F.interpolate(h, scale_factor=2)[crop], skip], 1)).relu(), mask)
+            wide = blank(F.interpolate(h, scale_factor=2)[crop], mask)
+            h = blank(layer(torch.cat([wide, skip], 1)).relu(), mask)
         out: Tensor = blank(self.last(h), mask)
         return out
