@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from antibackdoor.bench.cell import Cell
+from antibackdoor.bench.cell import Cell, run_cell
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.bench.ledger import detection_table, markdown, read_ledger, run_cells, table
 from antibackdoor.errors import InputError
@@ -96,6 +96,20 @@ def test_cells_run_once_and_a_broken_one_does_not_stop_the_rest(tmp_path: Path) 
     found = detection_table(records)
     assert len(found) == 1 and found["recall isolated set"].tolist()[0]
     assert markdown(rows).count("\n") == 2 + len(rows)
+
+
+def test_a_cell_may_judge_detectors_too(tmp_path: Path) -> None:
+    block = GRID[: GRID.index("[[cells]]", 5)].replace('"none", "e2abl"', '"none"')
+    plain = read_grid(grid(tmp_path, block))[0]
+    detecting = read_grid(grid(tmp_path, block + 'detectors = ["loss", "loss_drop"]'))[0]
+    assert plain.name() != detecting.name() and "detectors" not in plain.resolved()
+    assert set(detecting.resolved()["detectors"]) == {"loss", "loss_drop"}  # with their settings: part of the hash
+    fast = Cell(**{**vars(detecting), "defense_options": FAST["none"]})
+    found = run_cell(fast, folder=tmp_path, device="cpu")["measures"]["detectors"]
+    assert found["loss"]["steps"] == 0 < found["loss_drop"]["steps"]
+    assert found["loss"]["precision_at"]["0.1"]["n"] == 12 and 0 <= found["loss"]["auroc"]["value"] <= 1
+    with pytest.raises(InputError, match="did you mean 'entropy'"):
+        read_grid(grid(tmp_path, block + 'detectors = ["entropi"]'))
 
 
 def record(defense: str, seed: int, rate: float) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from antibackdoor.options import build
 
 LISTS = {"data": "data", "attacks": "attack", "defenses": "defense", "models": "model", "seeds": "seed"}
 """Keys of a block that hold lists, and the field of a cell that each fills."""
-SINGLE = {"train_size", "epochs", "batch_size", "clean_share", "attack_options", "defense_options"}
+SINGLE = {"train_size", "epochs", "batch_size", "clean_share", "attack_options", "defense_options", "detectors"}
 
 
 def read_grid(path: Path) -> list[Cell]:
     """The cells of a grid file, in order, without duplicates.
 
     A block is `[[cells]]` with the lists `data`, `attacks`, `defenses`, `models`, `seeds` and, for all its cells,
-    `train_size`, `epochs`, `batch_size`, `clean_share`, `attack_options`, `defense_options`. Raises InputError for
-    anything else.
+    `train_size`, `epochs`, `batch_size`, `clean_share`, `attack_options`, `defense_options`, `detectors`. Raises
+    InputError for anything else.
     """
     try:
         grid = tomllib.loads(path.read_text(encoding="utf-8"))
