@@ -20,7 +20,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 LAYERS = [
     {"errors"},
     {"settings"},
-    {"files", "options", "registry", "seeds"},
+    {"files", "intervals", "options", "registry", "seeds"},
     {"data"},
     {"models"},
     {"training"},
@@ -46,7 +46,7 @@ BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
 HELPERS = {
     "attacks": {"base", "generator", "stamp", "surrogate"},
-    "defenses": {"base", "dual_head", "suspects"},
+    "defenses": {"base", "dual_head", "hearing", "suspects", "witness"},
     "detectors": {"base"},
 }
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
