@@ -8,6 +8,7 @@ from typing import Any
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
 from antibackdoor.intervals import lower, upper
+from antibackdoor.threats import references
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """What `verdict.json` holds."""
-        return asdict(self)
+        return {**asdict(self), "references": references(self.poisoned)}
 
 
 NO_VERDICT = (

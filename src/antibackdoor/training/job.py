@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.files import Tree, load_state, save_state, write_text
 from antibackdoor.models import create, set_normalization
+from antibackdoor.models.pretrained import take_weights
 from antibackdoor.seeds import derive
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
@@ -53,6 +54,7 @@ class Job:
     """One run of one method on one untrusted set.
 
     folder: where stages are kept, so that a killed run goes on; None keeps nothing.
+    weights: pretrained tensors that every model starts from, see `models.pretrained`.
     extras: what a method declares in `needs` and was given, for example {"clean": Data}.
     """
 
@@ -70,6 +72,7 @@ class Job:
         extras: dict[str, Any] | None = None,
         epochs: int | None = None,
         batch_size: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         self.fabric = fabric or make_fabric()
         self.data = to_device(data, self.fabric.device)
@@ -83,7 +86,7 @@ class Job:
             k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
         }
         self.history: list[dict[str, Any]] = []
-        self._model = model
+        self._model, self._weights = model, weights
         self._names: set[str] = set()
 
     @property
@@ -99,6 +102,8 @@ class Job:
         else:
             model = create(self._model, self.data.spec)
             set_normalization(model, *self._statistics())
+        if self._weights is not None:
+            take_weights(model, self._weights, "the file of weights")
         return model.to(self.fabric.device)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
