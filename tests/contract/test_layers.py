@@ -46,7 +46,7 @@ PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items
 BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
 HELPERS = {
-    "attacks": {"base"},
+    "attacks": {"base", "generator", "stamp", "surrogate"},
     "defenses": {"base", "dual_head", "hearing", "suspects", "witness"},
     "detectors": {"base"},
 }

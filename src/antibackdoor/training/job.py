@@ -89,6 +89,11 @@ class Job:
         self._model, self._weights = model, weights
         self._names: set[str] = set()
 
+    @property
+    def architecture(self) -> str | None:
+        """Name of the run's network, from which `models.create` builds another one; None for a module brought along."""
+        return self._model if isinstance(self._model, str) else None
+
     def model(self, name: str = "model") -> nn.Module:
         """A fresh model, initialized from (seed, name), that takes raw values and normalizes them by this set."""
         torch.manual_seed(derive(self.seed, "model", name))
@@ -146,10 +151,12 @@ class Job:
         data: Data | None = None,
         rows: Tensor | None = None,
         parameters: ParameterGroups | None = None,
+        adam: bool = False,
     ) -> None:
         """Train in place; checkpoints after an epoch when the last is `checkpoint_seconds` old, and at the end.
 
         data: what to train on, the untrusted set by default; `rows` of it, all by default.
+        adam: AdamW in place of SGD, for triggers and generators, whose gradients have no natural scale.
         """
         stage = Fit(
             name,
@@ -159,6 +166,7 @@ class Job:
             recipe,
             rows=rows,
             parameters=parameters,
+            adam=adam,
             seed=self.seed,
             fabric=self.fabric,
         )

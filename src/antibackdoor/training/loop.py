@@ -95,6 +95,7 @@ class Fit:
     """One training stage that can stop after any epoch and go on, from its `state`, to the same weights.
 
     parameters: what to train; as groups with their own "learning_rate" or as plain parameters.
+    adam: AdamW with the recipe's momentum as its first beta, in place of SGD.
     Every random choice follows from (seed, stage, epoch), so no random state is saved.
     """
 
@@ -108,6 +109,7 @@ class Fit:
         *,
         rows: Tensor | None = None,
         parameters: ParameterGroups | None = None,
+        adam: bool = False,
         seed: int = 0,
         fabric: Fabric,
     ):
@@ -121,12 +123,12 @@ class Fit:
             for group in (parameters if parameters is not None else [{"params": list(model.parameters())}])
         ]
         self.rates = [group.pop("learning_rate", recipe.learning_rate) for group in map(dict, self.groups)]
-        self.optimizer = torch.optim.SGD(
-            [{"params": list(group["params"])} for group in self.groups],
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0,
+        groups = [{"params": list(group["params"])} for group in self.groups]
+        rate, momentum, decay = recipe.learning_rate, recipe.momentum, recipe.weight_decay
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.999), weight_decay=decay)
+            if adam
+            else torch.optim.SGD(groups, lr=rate, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)
         )
         self.batch_size = recipe.batch_for(len(self.rows))
         self.passes = recipe.passes_for(len(self.rows))
