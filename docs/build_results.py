@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from antibackdoor.bench.ledger import detection_table, markdown, read_ledger, table
+from antibackdoor.bench.ledger import read_ledger
+from antibackdoor.bench.tables import detection_table, markdown, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,7 @@ def results() -> str:
     """The whole page."""
     parts = [HEAD]
     for name, title in PARTS.items():
-        records = read_ledger(ROOT / "results" / name)
+        records = list(read_ledger(ROOT / "results" / name).values())
         if not records:
             continue
         parts += [title, "", markdown(table(records))]

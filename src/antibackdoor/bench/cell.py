@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,9 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures
+from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures, trace_of
+from antibackdoor.bench.ledger import digest
+from antibackdoor.bench.machine import peak_memory, reset_peak_memory
 from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
@@ -27,6 +31,10 @@ from antibackdoor.training.scores import logits_of
 GATES = {"composite": 0.85, "timetrojan_fgsm": 0.70}
 GATE = 0.95
 """Undefended attack success rate under which an attack "did not take"; it depends on the attack only."""
+
+
+CHECKPOINT_SECONDS = 2.0
+"""A killed cell loses its current epoch, or, where epochs are shorter than this, so much of them."""
 
 
 @options
@@ -45,6 +53,7 @@ class Cell:
     model: str = "auto"
     epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
     batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
+    trace: Annotated[bool | None, Field(description="also measure the model after every epoch")] = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
@@ -81,8 +90,10 @@ def run_cell(
 
     folder: where its stages are kept, so that a killed cell goes on.
     """
-    splits = load(cell.data)
-    splits = Splits(subset(splits.train, cell.train_size), splits.test)
+    started = time.perf_counter()
+    reset_peak_memory()
+    full = _load(cell.data)
+    splits = Splits(subset(full.train, cell.train_size), full.test)
     if splits.test is None:
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
     fabric, experiment, data = make_fabric(device), None, splits.train
@@ -98,7 +109,9 @@ def run_cell(
         progress=progress,
         epochs=cell.epochs,
         batch_size=cell.batch_size,
+        watch=trace_of(data, splits.test, experiment, fabric) if cell.trace else None,
     )
+    job.checkpoint_seconds = CHECKPOINT_SECONDS
     defense = make_defense(cell.defense, cell.defense_options)
     outcome = defense.run(job)
     cost = {
@@ -106,6 +119,7 @@ def run_cell(
         "steps": {stage: max(r["steps"] for r in job.history if r["stage"] == stage) for stage in _stages(job.history)},
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "threads": torch.get_num_threads(),
+        "peak_memory_mib": peak_memory(),
     }
     measures: dict[str, Any]
     if experiment is None:
@@ -122,11 +136,19 @@ def run_cell(
     return {
         "cell": cell.resolved(),
         "environment": environment(fabric),
+        "scale": {"train": len(data), "train_full": len(full.train), "test": len(splits.test)},
         "measures": measures,
         "verdict_evidence": outcome.evidence,
-        "cost": cost,
+        "cost": {**cost, "wall_seconds": round(time.perf_counter() - started, 1)},
+        "history_digest": digest(job.history),
         "history": job.history,
     }
+
+
+@lru_cache(maxsize=1)
+def _load(name: str) -> Splits:
+    """Cells of one process that come after each other often use the same set."""
+    return load(name)
 
 
 def _stages(history: list[dict[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from lightning_fabric import Fabric
@@ -22,6 +22,8 @@ from antibackdoor.models import create, set_normalization
 from antibackdoor.seeds import derive
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
+
+Watch: TypeAlias = Callable[[str, nn.Module], dict[str, Any]]
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
@@ -52,6 +54,7 @@ class Job:
 
     folder: where stages are kept, so that a killed run goes on; None keeps nothing.
     extras: what a method declares in `needs` and was given, for example {"clean": Data}.
+    watch: what else is to be measured after every epoch, from the stage's name and its model; for experiments.
     """
 
     checkpoint_seconds = 20.0
@@ -68,6 +71,7 @@ class Job:
         extras: dict[str, Any] | None = None,
         epochs: int | None = None,
         batch_size: int | None = None,
+        watch: Watch | None = None,
     ):
         self.fabric = fabric or make_fabric()
         self.data = to_device(data, self.fabric.device)
@@ -78,6 +82,7 @@ class Job:
             k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
         }
         self.history: list[dict[str, Any]] = []
+        self.watch = watch
         self._model = model
         self._names: set[str] = set()
 
@@ -152,6 +157,8 @@ class Job:
         saved = time.monotonic()
         while stage.epoch < stage.epochs:
             row = stage.run_epoch(self.progress)
+            if self.watch is not None:
+                row |= self.watch(name, model)
             self.history.append(row)
             self.progress.epoch(row)
             due = time.monotonic() - saved > self.checkpoint_seconds or stage.epoch == stage.epochs
