@@ -164,8 +164,8 @@ def _metrics(
 ) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
-        target = experiment.truth.target
-        measured = attack_measures(outcome.model, splits.test, experiment.triggered, target, fabric)
+        triggered, targets = experiment.triggered, experiment.targets
+        measured = attack_measures(outcome.model, splits.test, triggered, targets, fabric)
         if outcome.flagged.any() or outcome.scores.any():
             measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:

@@ -250,7 +250,11 @@ def poison(
     settings: Settings = None,
     seed: Seed = 0,
     form: Annotated[Format, typer.Option("--format", help="One .npz, or a folder of PNG files.")] = Format.npz,
+    stages: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where an attack that trains something is kept and found again.")
+    ] = None,
     test: Test = None,
+    device: Device = "auto",
     image_size: ImageSize = None,
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
@@ -261,6 +265,8 @@ def poison(
     from antibackdoor.bench.poisoned import check_free, write_poisoned
     from antibackdoor.bench.poisoned import poison as make
     from antibackdoor.data.load import load
+    from antibackdoor.progress import show
+    from antibackdoor.training.job import make_fabric
 
     chosen = _settings(settings)
     chosen |= {name: value for name, value in (("rate", rate), ("target", target)) if value is not None}
@@ -273,7 +279,8 @@ def poison(
         skip_unreadable=skip_unreadable,
         data_root=data_root,
     )
-    poisoned = make(splits, attack, chosen, seed=seed)
+    with show(_console(stderr=True), quiet=quiet, title=attack) as progress:
+        poisoned = make(splits, attack, chosen, seed=seed, fabric=make_fabric(device), kept=stages, progress=progress)
     write_poisoned(poisoned, out, form=form.value)
     if not quiet:
         counts = poisoned.attack["counts"]

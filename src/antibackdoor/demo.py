@@ -68,7 +68,7 @@ def run_demo(
         scene = SCENES[kind]
         poisoned = poison(load(scene.data), ATTACK, {"rate": RATE}, seed=seed)
         counts, spec = poisoned.attack["counts"], poisoned.splits.train.spec
-        target = spec.classes[poisoned.experiment.truth.target]
+        target = spec.classes[int(poisoned.experiment.targets[0])]
         console.print(
             f"[bold]{scene.data}[/] ({scene.words}): {ATTACK} poisons {counts['poisoned']} of {counts['n']} training "
             f"samples, so that a trigger leads to the class {escape(target)!r}.",

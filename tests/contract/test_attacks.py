@@ -47,7 +47,7 @@ def test_poison(name: str, sort: str) -> None:
     assert all(torch.equal(state[key], frozen[key]) for key in frozen) and state.keys() == frozen.keys()
     assert int(truth.poisoned.sum()) == 8 and int(truth.cover.sum()) == 4
     assert not (truth.poisoned & truth.cover).any()
-    assert torch.equal(truth.labels, clean.y) and truth.target == 1
+    assert torch.equal(truth.labels, clean.y) and (truth.targets == 1).all()
     assert ((clean.y[truth.poisoned] == 1) == attack.clean_label).all() and (clean.y[truth.cover] != 1).all()
     assert torch.equal(data.y, torch.where(truth.poisoned, 1, clean.y))
     assert list(data.ids) == list(clean.ids) and data.spec == clean.spec
@@ -64,13 +64,13 @@ def test_triggered(name: str, sort: str) -> None:
     clean, test, attack = SETS[sort](0), SETS[sort](1), attack_of(name)
     before = test.fingerprint()
     state = attack.fit(clean)
-    got = attack.triggered(test, state)
+    got, targets = attack.triggered(test, state)
     rows = (test.y != 1).nonzero().flatten()
     assert test.fingerprint() == before
     assert torch.equal(got.y, test.y[rows]) and list(got.ids) == [test.ids[i] for i in rows.tolist()]
     assert (stored(got) != test.x[rows]).flatten(1).any(1).all()
-    assert stored(got).dtype == test.x.dtype
-    assert got.fingerprint() == attack.triggered(test, state).fingerprint()
+    assert stored(got).dtype == test.x.dtype and targets.tolist() == [1] * len(got)
+    assert got.fingerprint() == attack.triggered(test, state)[0].fingerprint()
 
 
 @pytest.mark.parametrize(("name", "sort"), CASES)
@@ -115,7 +115,7 @@ def test_state_is_flat_and_survives_a_file(name: str, sort: str, tmp_path: Path)
 def test_padding_stays_zero(name: str) -> None:
     clean, attack = SETS["unequal series"](0), attack_of(name)
     state = attack.fit(clean)
-    for data in (attack.poison(clean, state, 0)[0], attack.triggered(clean, state)):
+    for data in (attack.poison(clean, state, 0)[0], attack.triggered(clean, state)[0]):
         assert data.lengths is not None
         after = (torch.arange(data.spec.shape[-1]) >= data.lengths[:, None])[:, None].expand(
             len(data), *data.spec.shape
@@ -152,8 +152,8 @@ def test_attack_bites(name: str, sort: str, models: dict[str, nn.Module]) -> Non
     state = attack.fit(clean)
     models[sort] = models.get(sort) or plainly_trained(clean)
     poisoned = plainly_trained(attack.poison(clean, state, 0)[0])
-    triggered = attack.triggered(test, state)
-    bitten, control = (attack_measures(model, test, triggered, 1, FABRIC) for model in (poisoned, models[sort]))
+    triggered, targets = attack.triggered(test, state)
+    bitten, control = (attack_measures(model, test, triggered, targets, FABRIC) for model in (poisoned, models[sort]))
     assert bitten["attack_success_rate"]["value"] >= FLOOR[name]
     assert control["attack_success_rate"]["value"] < 0.2
     assert bitten["clean_accuracy"]["value"] > 0.9

@@ -157,7 +157,7 @@ def test_a_state_survives_a_file(tree: Any) -> None:
 def test_detection_does_not_depend_on_the_scale_of_the_scores(samples: list[tuple[int, bool]]) -> None:
     scores, poisoned = (torch.tensor(column) for column in zip(*samples, strict=True))
     n, none = len(samples), torch.zeros(len(samples), dtype=torch.bool)
-    truth = Truth(poisoned, none, torch.ones(n, dtype=torch.int64), 0)
+    truth = Truth(poisoned, none, torch.ones(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64))
 
     def measures(scores: Tensor) -> dict[str, Any]:
         return detection_measures(Outcome(nn.Identity(), scores, scores * 0, none, none.long() - 1), truth)

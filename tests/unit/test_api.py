@@ -34,7 +34,7 @@ def test_metrics_are_written_when_nothing_is_flagged(tmp_path: Path) -> None:
         epochs=1,
         device="cpu",
         out=tmp_path / "run",
-        experiment=Experiment(truth, attack.triggered(test, {})),
+        experiment=Experiment(truth, *attack.triggered(test, {})),
     )
     assert not result.suspects["flagged"].any()
     assert result.metrics["detection"]["flagged_precision"] == {"value": None, "count": 0, "n": 0}

@@ -67,29 +67,30 @@ def test_cutout_blanks_one_square():
 
 def test_neutral_strengths_change_nothing():
     x, _ = image()
-    off = torch.zeros(6, 9, dtype=torch.bool)
-    torch.testing.assert_close(augment._recolor(x, off[:, :5], seeded()), x)
-    torch.testing.assert_close(augment._move(x, off[:, 5:], seeded()), x, rtol=0, atol=1e-5)
+    off = torch.zeros(6, 13, dtype=torch.bool)
+    torch.testing.assert_close(augment._recolor(x, off[:, :8], seeded()), x)
+    torch.testing.assert_close(augment._move(x, off[:, 8:], seeded()), x, rtol=0, atol=1e-5)
 
 
 def test_each_row_draws_two():
-    assert augment._pick(100, 9, 2, seeded(), torch.ones(1)).sum(1).tolist() == [2] * 100
-    assert augment._pick(200, 9, 2, seeded(), torch.ones(1)).any(0).all()
+    assert augment._pick(100, 14, 2, seeded(), torch.ones(1)).sum(1).tolist() == [2] * 100
+    assert augment._pick(200, 14, 2, seeded(), torch.ones(1)).any(0).all()
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(8))
 def test_every_color_change_acts_on_its_rows_only(which):
     x, _ = image()
-    chosen = torch.zeros(6, 5, dtype=torch.bool)
+    x = 0.1 + 0.9 * x  # leaves something for auto contrast to do
+    chosen = torch.zeros(6, 8, dtype=torch.bool)
     chosen[::2, which] = True
     out = augment._recolor(x, chosen, seeded())
     assert [not torch.allclose(a, b, atol=1e-4) for a, b in zip(out, x, strict=True)] == [True, False] * 3
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_every_move_acts_on_its_rows_only(which):
     x, _ = image()
-    chosen = torch.zeros(6, 4, dtype=torch.bool)
+    chosen = torch.zeros(6, 5, dtype=torch.bool)
     chosen[::2, which] = True
     out = augment._move(x, chosen, seeded())
     assert [not torch.allclose(a, b, atol=1e-4) for a, b in zip(out, x, strict=True)] == [True, False] * 3
@@ -99,7 +100,7 @@ def test_a_rotation_keeps_its_shape_on_an_oblong_image(monkeypatch):
     monkeypatch.setattr(augment, "_uniform", lambda shape, low, high, g, like: torch.full(shape, torch.pi / 2))
     x = torch.zeros(1, 1, 9, 15)
     x[0, 0, 4, 4:11] = 1  # a bar of 7 pixels through the middle
-    out = augment._move(x, torch.tensor([[True, False, False, False]]), seeded())
+    out = augment._move(x, torch.tensor([[True, False, False, False, False]]), seeded())
     want = torch.zeros(9, 15)
     want[1:8, 7] = 1
     torch.testing.assert_close(out[0, 0], want, rtol=0, atol=1e-5)
@@ -122,8 +123,8 @@ def test_spread_counts_data_only():
 
 
 def test_time_warp_keeps_order_and_ends(monkeypatch):
-    warp_only = torch.tensor([False, False, False, True, False, False])
-    monkeypatch.setattr(augment, "_pick", lambda n, *rest: warp_only.expand(n, 6))
+    warp_only = torch.tensor([False, False, False, True, False, False, False])
+    monkeypatch.setattr(augment, "_pick", lambda n, *rest: warp_only.expand(n, 7))
     x = torch.arange(40.0).expand(8, 1, 40).clone()
     out = augment._distort(x, torch.full((8, 1), 40), seeded())
     assert (out.diff(dim=2) > 0).all()
@@ -132,12 +133,48 @@ def test_time_warp_keeps_order_and_ends(monkeypatch):
 
 
 def test_a_lost_channel_leaves_the_others(monkeypatch):
-    drop_only = torch.tensor([False] * 5 + [True])
-    monkeypatch.setattr(augment, "_pick", lambda n, *rest: drop_only.expand(n, 6))
+    drop_only = torch.tensor([False] * 6 + [True])
+    monkeypatch.setattr(augment, "_pick", lambda n, *rest: drop_only.expand(n, 7))
     x = torch.randn(20, 3, 10)
     lost = ~augment._distort(x, torch.full((20, 1), 10), seeded()).any(2)
     assert lost.sum(1).tolist() == [1] * 20
     assert augment._distort(x[:, :1], torch.full((20, 1), 10), seeded()).any(2).all()
+
+
+def test_equalize_makes_all_levels_equally_frequent():
+    x = torch.arange(64.0).view(1, 1, 8, 8) / 255  # 64 dark levels
+    out = augment._equalized(x)
+    torch.testing.assert_close(out.flatten(), torch.arange(64.0) / 63)
+    flat = torch.full((1, 2, 8, 8), 0.3)
+    torch.testing.assert_close(augment._equalized(flat), flat)
+
+
+def test_auto_contrast_uses_the_whole_range_of_each_channel():
+    x = 0.3 + 0.2 * torch.rand(2, 3, 8, 8, generator=seeded())
+    out = augment._recolor(x, torch.tensor([[True] + [False] * 7]).expand(2, 8), seeded())
+    torch.testing.assert_close(out.amin((2, 3)), torch.zeros(2, 3))
+    torch.testing.assert_close(out.amax((2, 3)), torch.ones(2, 3))
+
+
+def test_a_hole_in_time_takes_its_share_of_the_row_and_not_of_the_padding(monkeypatch):
+    hole_only = torch.tensor([False] * 5 + [True, False])
+    monkeypatch.setattr(augment, "_pick", lambda n, *rest: hole_only.expand(n, 7))
+    count = torch.tensor([[40], [20], [10]])
+    x = torch.ones(3, 2, 40).masked_fill(torch.arange(40) >= count[:, :, None], 0)
+    out = augment._distort(x, count, seeded())
+    assert torch.equal(out[:, 0], out[:, 1])
+    assert (x - out)[:, 0].sum(1).tolist() == [8, 4, 2]
+
+
+@pytest.mark.parametrize("kind", ["image", "series"])
+def test_strong_grows_with_its_numbers(kind):
+    x, spec, lengths = series(n=64) if kind == "series" else (*image(n=64), None)
+
+    def change(**numbers):
+        return float((strong(x, spec, seeded(), lengths, flip=False, **numbers) - x).abs().mean())
+
+    assert change(magnitude=0.1, hole=0) < change(magnitude=1, hole=0) < change(magnitude=1, operations=5, hole=0)
+    assert change(hole=0) < change(hole=0.8)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

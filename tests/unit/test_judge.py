@@ -31,10 +31,11 @@ def saying(answers: list[int], y: list[int], ids: str) -> Data:
 
 TEST = saying([0, 0, 1, 0, 1, 2], [0, 0, 1, 1, 1, 2], "abcdef")  # 'd' is confused with the target 0
 TRIGGERED = saying([0, 0, 1, 2], [1, 1, 1, 2], "cdef")
+ZEROS = torch.zeros(4, dtype=torch.int64)
 
 
 def test_attack_measures_by_hand() -> None:
-    got = attack_measures(Reader(), TEST, TRIGGERED, 0, FABRIC)
+    got = attack_measures(Reader(), TEST, TRIGGERED, ZEROS, FABRIC)
     assert got["clean_accuracy"] == {"value": 5 / 6, "count": 5, "n": 6}
     assert got["clean_accuracy_by_class"]["b"] == {"value": 2 / 3, "count": 2, "n": 3}
     assert got["clean_accuracy_nontarget"] == {"value": 3 / 4, "count": 3, "n": 4}
@@ -46,15 +47,24 @@ def test_attack_measures_by_hand() -> None:
 
 def test_samples_are_matched_by_id_not_by_place() -> None:
     subset = torch.tensor([3, 1])  # 'f' and 'd': only 'd' is confused without the trigger
-    got = attack_measures(Reader(), TEST, TRIGGERED.take(subset), 0, FABRIC)
+    got = attack_measures(Reader(), TEST, TRIGGERED.take(subset), ZEROS[:2], FABRIC)
     assert got["target_confusion_without_trigger"] == {"value": 1 / 2, "count": 1, "n": 2}
-    shuffled = attack_measures(Reader(), TEST, TRIGGERED.take(torch.tensor([2, 0, 3, 1])), 0, FABRIC)
-    assert shuffled == attack_measures(Reader(), TEST, TRIGGERED, 0, FABRIC)
+    shuffled = attack_measures(Reader(), TEST, TRIGGERED.take(torch.tensor([2, 0, 3, 1])), ZEROS, FABRIC)
+    assert shuffled == attack_measures(Reader(), TEST, TRIGGERED, ZEROS, FABRIC)
+
+
+def test_every_sample_is_judged_by_its_own_target() -> None:
+    got = attack_measures(Reader(), TEST, TRIGGERED, torch.tensor([0, 2, 2, 1]), FABRIC)
+    assert got["attack_success_rate"] == {"value": 1 / 4, "count": 1, "n": 4}
+    assert got["attack_success_rate_by_target"]["a"] == {"value": 1.0, "count": 1, "n": 1}
+    assert got["attack_success_rate_by_target"]["c"] == {"value": 0.0, "count": 0, "n": 2}
+    assert got["clean_accuracy_nontarget"] == {"value": None, "count": 0, "n": 0}  # every class is a target
+    json.dumps(got, allow_nan=False)
 
 
 def test_a_triggered_sample_that_is_not_in_the_test_set_is_an_error() -> None:
     with pytest.raises(KeyError):
-        attack_measures(Reader(), TEST, replace(TRIGGERED, ids=list("cdex")), 0, FABRIC)
+        attack_measures(Reader(), TEST, replace(TRIGGERED, ids=list("cdex")), ZEROS, FABRIC)
 
 
 def test_share() -> None:
@@ -70,7 +80,12 @@ def test_accuracy_leaves_out_classes_without_samples() -> None:
 
 
 POISONED = torch.tensor([True, True, False, False, False])
-TRUTH = Truth(POISONED, torch.tensor([False, False, True, False, False]), torch.tensor([1, 2, 1, 0, 0]), 0)
+TRUTH = Truth(
+    POISONED,
+    torch.tensor([False, False, True, False, False]),
+    torch.tensor([1, 2, 1, 0, 0]),
+    torch.zeros(5, dtype=torch.int64),
+)
 
 
 def outcome(flagged: list[bool], scores: list[float] | None = None) -> Outcome:

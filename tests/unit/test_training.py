@@ -22,7 +22,7 @@ from antibackdoor.models import create
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Fit, Progress, Recipe
-from antibackdoor.training.objectives import CrossEntropy, Objective, Step
+from antibackdoor.training.objectives import Augment, CrossEntropy, Objective, Step
 from antibackdoor.training.scores import entropies, logits_of, losses
 from tiny import FABRIC
 from toy import toy_images, toy_series
@@ -89,6 +89,47 @@ def test_the_global_random_state_does_not_matter() -> None:
 def test_divergence_is_told() -> None:
     with pytest.raises(InputError, match="diverged in stage 'stage', epoch 1"):
         run(fit(Watcher(loss=math.inf)))
+
+
+def test_hooks_come_in_order_and_gradients_may_be_changed() -> None:
+    calls: list[str] = []
+
+    class Hooked(Watcher):
+        def prepare(self, plain: Batch, augment: Augment, rng: torch.Generator) -> Batch:
+            calls.append("prepare")
+            return augment(plain, rng)
+
+        def before_epoch(self, model: nn.Module, epoch: int) -> None:
+            calls.append(f"epoch {epoch}")
+            assert model.training
+
+        def before_step(self, model: nn.Module) -> None:
+            calls.append("before")
+            for parameter in model.parameters():
+                parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter.grad)
+
+        def after_step(self, model: nn.Module) -> None:
+            calls.append("after")
+
+    stage = fit(Hooked(), n=8, epochs=2, weight_decay=0)
+    weights = [p.detach().clone() for p in stage.model.parameters()]
+    run(stage)
+    one = ["prepare", "before", "after"]
+    assert calls == ["epoch 0", *one, "epoch 1", *one]
+    assert all(torch.equal(p, q) for p, q in zip(weights, stage.model.parameters(), strict=True))
+
+
+def test_a_stage_that_needs_no_more_stays_ended(tmp_path: Path) -> None:
+    class Enough(Watcher):
+        def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
+            self.finished = epoch == 3
+            return {}
+
+    recipe = Recipe(epochs=9, min_steps=0, augment="none")
+    for _ in range(2):
+        job = Job(toy_images(20), model=nn.Linear(1, 1), fabric=FABRIC, folder=tmp_path)
+        job.fit("stage", job.model(), Enough(), recipe)
+        assert [row["epoch"] for row in job.history] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("n", "size"), [(2, 2), (3, 2), (5, 2), (33, 16), (129, 128), (64, 16)])

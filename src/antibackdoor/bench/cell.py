@@ -84,11 +84,17 @@ def subset(data: Data, size: int | None) -> Data:
 
 
 def run_cell(
-    cell: Cell, *, folder: Path | None = None, device: str = "auto", progress: Progress | None = None
+    cell: Cell,
+    *,
+    folder: Path | None = None,
+    attacks: Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a cell and return its record: config, environment, measures with counts, cost, history.
 
-    folder: where its stages are kept, so that a killed cell goes on.
+    folder: where its stages are kept, so that a killed cell goes on. attacks: where attacks that train something are
+    kept, so that all cells of a grid share them.
     """
     started = time.perf_counter()
     reset_peak_memory()
@@ -98,7 +104,16 @@ def run_cell(
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
     fabric, experiment, data = make_fabric(device), None, splits.train
     if cell.attack != "none":
-        poisoned = poison(splits, cell.attack, cell.attack_options, seed=cell.seed)
+        poisoned = poison(
+            splits,
+            cell.attack,
+            cell.attack_options,
+            seed=cell.seed,
+            victim=cell.model,
+            fabric=fabric,
+            kept=attacks,
+            progress=progress,
+        )
         data, experiment = poisoned.splits.train, poisoned.experiment
     job = Job(
         data,
@@ -124,11 +139,11 @@ def run_cell(
     measures: dict[str, Any]
     if experiment is None:
         none = torch.zeros(len(data), dtype=torch.bool)
-        truth = Truth(none, none, data.y.cpu(), -1)
+        truth = Truth(none, none, data.y.cpu(), torch.full_like(data.y.cpu(), -1))
         measures = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
     else:
         truth = experiment.truth
-        measures = attack_measures(outcome.model, splits.test, experiment.triggered, truth.target, fabric)
+        measures = attack_measures(outcome.model, splits.test, experiment.triggered, experiment.targets, fabric)
     measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)

@@ -22,6 +22,9 @@ from antibackdoor.bench.machine import cores, free_memory
 from antibackdoor.errors import InputError
 from antibackdoor.training.loop import Progress
 
+ATTACKS = "attacks"
+"""Folder beside those of the cells, in which trained attacks are shared."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -91,7 +94,13 @@ def work(task: Task, tell: Callable[[Event], None]) -> Event:
     try:
         task.stages.mkdir(parents=True, exist_ok=True)
         progress = Progress(start=start, epoch=epoch)
-        record = run_cell(task.cell, folder=task.stages, device=task.device, progress=progress)
+        record = run_cell(
+            task.cell,
+            folder=task.stages,
+            attacks=task.stages.parent / ATTACKS,
+            device=task.device,
+            progress=progress,
+        )
         json.dumps(record, allow_nan=False)  # a record that cannot be written is the cell's failure, not the ledger's
     except Exception as problem:
         reason = str(problem) if isinstance(problem, InputError) else repr(problem)

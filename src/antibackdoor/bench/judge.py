@@ -26,10 +26,15 @@ Measure = dict[str, Any]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What only an experiment knows: which samples are poisoned, and a triggered test set. Read by the judge alone."""
+    """What only an experiment knows; read by the judge alone.
+
+    truth: which training samples are poisoned. triggered: test samples with the trigger, under their true labels and
+    the ids of the test set. targets: `(m,)` int64, the class that each of these is led to.
+    """
 
     truth: Truth
     triggered: Data
+    targets: Tensor
 
 
 def share(hits: Tensor) -> Measure:
@@ -46,23 +51,27 @@ def accuracy(predicted: Tensor, test: Data) -> dict[str, Any]:
     return {"clean_accuracy": share(hits), "clean_accuracy_by_class": classes}
 
 
-def attack_measures(model: nn.Module, test: Data, triggered: Data, target: int, fabric: Fabric) -> dict[str, Any]:
+def attack_measures(model: nn.Module, test: Data, triggered: Data, targets: Tensor, fabric: Fabric) -> dict[str, Any]:
     """Clean accuracy, attack success rate, excess ASR and recovery accuracy from one pass over each of the two sets.
 
-    triggered: test samples whose true class is not the target, with the trigger, under the ids they have in `test`.
-    Excess ASR subtracts the share of the same samples WITHOUT the trigger that the model takes for the target: what a
-    weak but clean model confuses is not the backdoor's.
+    triggered: test samples whose true class is not their target, with the trigger, under the ids they have in `test`.
+    targets: `(m,)`, the class that each of them is led to. Excess ASR subtracts the share of the same samples WITHOUT
+    the trigger that the model takes for their target: what a weak but clean model confuses is not the backdoor's.
     """
     clean_predictions = logits_of(model, test, fabric).argmax(1)
     predictions = logits_of(model, triggered, fabric).argmax(1)
     place = {name: row for row, name in enumerate(test.ids)}
     without = clean_predictions[torch.tensor([place[name] for name in triggered.ids], dtype=torch.int64)]
-    success, confusion = share(predictions == target), share(without == target)
-    nontarget = test.y.cpu() != target
+    hits = predictions == targets
+    success, confusion = share(hits), share(without == targets)
+    led_to = targets.unique()
+    nontarget = ~torch.isin(test.y.cpu(), led_to)
+    by_target = {test.spec.classes[k]: share(hits[targets == k]) for k in led_to.tolist()}
     return {
         **accuracy(clean_predictions, test),
         "clean_accuracy_nontarget": share((clean_predictions == test.y.cpu())[nontarget]),
         "attack_success_rate": success,
+        **({"attack_success_rate_by_target": by_target} if len(led_to) > 1 else {}),
         "target_confusion_without_trigger": confusion,
         "excess_attack_success_rate": {"value": success["value"] - confusion["value"], "n": success["n"]},
         "recovery_accuracy": share(predictions == triggered.y.cpu()),
@@ -80,7 +89,7 @@ def partition_measures(partition: Partition, scores: Tensor, truth: Truth) -> di
         "recall_isolated_set": share(partition.isolated[truth.poisoned]),
         "poison_among_recovered": share(truth.poisoned[partition.recovered]),
         "true_labels_recovered": share((partition.labels == truth.labels)[recovered]),
-        "labels_moved_off_target": share((partition.labels != truth.target)[recovered]),
+        "labels_moved_off_target": share((partition.labels != truth.targets)[recovered]),
     }
 
 
@@ -119,8 +128,8 @@ def trace_of(train: Data, test: Data, experiment: Experiment | None, fabric: Fab
         if experiment is None:
             measures["train_accuracy_clean"] = share(right)
         else:
-            poisoned, target = experiment.truth.poisoned, experiment.truth.target
-            measures["attack_success_rate"] = share(predicted(experiment.triggered) == target)
+            poisoned = experiment.truth.poisoned
+            measures["attack_success_rate"] = share(predicted(experiment.triggered) == experiment.targets)
             measures["train_accuracy_clean"] = share(right[~poisoned])
             measures["train_accuracy_poisoned"] = share(right[poisoned])
         return {name: measure["value"] for name, measure in measures.items()}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from antibackdoor.files import read_json, write_text
+from antibackdoor.files import lock, read_json, write_text
 
 Record = dict[str, Any]
 
@@ -48,22 +47,12 @@ class Ledger:
     def claim(self, name: str) -> Iterator[bool]:
         """Hold a cell, so that no other process on this ledger runs it too; False where another holds it.
 
-        The claim ends with the process, however that ends. Where the system has no file locks, every claim succeeds.
+        The claim ends with the process, however that ends.
         """
-        if sys.platform == "win32":
-            yield True
-            return
-        import fcntl
-
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        with (locks / name).open("w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        with lock(locks / name, wait=False) as mine:
+            yield mine
 
     def _error(self, name: str) -> Path:
         return self.folder / f"{name}.error.json"

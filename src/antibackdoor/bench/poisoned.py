@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_fabric import Fabric
 from PIL import Image
 
-from antibackdoor.attacks import ATTACKS
+from antibackdoor.attacks import ATTACKS, Attack, Fitted, State
 from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.images import load_folder
-from antibackdoor.data.truth import rates, read_truth, truth_table
+from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import write_json
+from antibackdoor.files import load_state, lock, save_state, write_json
+from antibackdoor.models import resolve
 from antibackdoor.options import build, values
 from antibackdoor.seeds import derive
-from antibackdoor.training.job import Job
+from antibackdoor.training.job import Job, make_fabric
+from antibackdoor.training.loop import Progress
 
 Format = Literal["npz", "folder"]
 
@@ -37,10 +44,22 @@ class Poisoned:
     attack: dict[str, Any]
 
 
-def poison(splits: Splits, attack: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0) -> Poisoned:
+def poison(
+    splits: Splits,
+    attack: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    victim: str = "auto",
+    fabric: Fabric | None = None,
+    kept: Path | None = None,
+    progress: Progress | None = None,
+) -> Poisoned:
     """Poison the training set with a registered attack, and trigger the test set.
 
-    settings: the attack's hyper-parameters; "target" may be a class name. Raises InputError where they do not fit.
+    settings: the attack's hyper-parameters; "target" may be a class name. victim: the network that an attack trains
+    as its surrogate where it is not told another. kept: a folder in which attacks that train something are kept and
+    found again. Raises InputError where the settings do not fit.
     """
     entry = ATTACKS[attack]
     if splits.train.spec.kind not in entry.kinds:
@@ -53,11 +72,48 @@ def poison(splits: Splits, attack: str, settings: Mapping[str, Any] | None = Non
     method = build(entry.make, settings, f"attack {attack}")
     method.check(splits.train)
     own_seed = derive(seed, "attack", attack) & 0x7FFFFFFF
-    state = method.fit(splits.train, Job(splits.train, seed=own_seed))
+    fabric = fabric or make_fabric()
+    state = fitted(method, splits.train, seed=own_seed, victim=victim, fabric=fabric, kept=kept, progress=progress)
     train, truth = method.poison(splits.train, state, own_seed)
-    triggered = method.triggered(splits.test, state)
+    triggered, targets = method.triggered(splits.test, state)
     told = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
-    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered), told)
+    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered, targets), told)
+
+
+def fitted(
+    method: Attack,
+    clean: Data,
+    *,
+    seed: int,
+    victim: str = "auto",
+    fabric: Fabric | None = None,
+    kept: Path | None = None,
+    progress: Progress | None = None,
+) -> State:
+    """What an attack learns from the clean set; of an attack that trains, read from the folder `kept` where it can be.
+
+    There it lies under a hash of the attack's settings and source text, the data, the seed and the surrogate, so that
+    every run that would train the same finds it; a training that was killed goes on.
+    """
+    if not isinstance(method, Fitted):
+        return method.fit(clean, Job(clean, seed=seed, fabric=fabric))
+    surrogate = resolve(victim if method.surrogate == "auto" else method.surrogate, clean.spec)
+    job = partial(Job, clean, model=surrogate, seed=seed, fabric=fabric, progress=progress)
+    if kept is None:
+        return method.fit(clean, job())
+    own = Path(inspect.getfile(type(method))).read_text(encoding="utf-8")
+    name = type(method).__name__.lower()
+    settings = {**values(method), "surrogate": surrogate}
+    told = json.dumps([name, settings, own, clean.fingerprint(), seed], sort_keys=True)
+    folder = kept / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    path = folder / "state.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock"):  # another process that trains the same is waited for
+        if not path.exists():
+            save_state(path, method.fit(clean, job(folder=folder)))
+            shutil.rmtree(folder / "stages", ignore_errors=True)
+    state: State = load_state(path)
+    return state
 
 
 def class_number(target: str | int, classes: Sequence[str]) -> int:
@@ -70,8 +126,9 @@ def class_number(target: str | int, classes: Sequence[str]) -> int:
 
 
 def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> None:
-    """Write `data.npz` (or `data/train/CLASS/*.png` and `data/test/...`), `truth.csv`, `triggered.npz`, `attack.json`.
+    """Write `data.npz` (or `data/train/CLASS/*.png` and `data/test/...`) and what only the judge may read.
 
+    That is `truth.csv`, `triggered.npz` with the `triggered.csv` that tells the target of each, and `attack.json`.
     The folder appears complete or not at all. Raises InputError where it is in use or cannot be written.
     """
     check_free(out)
@@ -85,6 +142,7 @@ def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> No
         data, experiment = poisoned.splits.train, poisoned.experiment
         truth_table(data, experiment.truth).to_csv(part / "truth.csv", index=False)
         write_part(part / "triggered.npz", experiment.triggered)
+        targets_table(experiment.triggered, experiment.targets).to_csv(part / "triggered.csv", index=False)
         write_json(part / "attack.json", poisoned.attack)
         if out.is_dir():
             out.rmdir()  # empty, as checked; not every system renames onto it
@@ -97,7 +155,7 @@ def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> No
 
 def read_experiment(folder: Path, splits: Splits) -> Experiment:
     """The truth about `splits` from a folder that `write_poisoned` made."""
-    for name in ("truth.csv", "triggered.npz"):
+    for name in ("truth.csv", "triggered.npz", "triggered.csv"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}; give the folder that `antibackdoor poison` wrote.")
     if splits.test is None:
@@ -105,7 +163,7 @@ def read_experiment(folder: Path, splits: Splits) -> Experiment:
     truth, triggered = read_truth(folder / "truth.csv", splits.train), load_npz(folder / "triggered.npz").train
     if not set(triggered.ids) <= set(splits.test.ids) or triggered.spec.shape != splits.test.spec.shape:
         raise InputError(f"{folder / 'triggered.npz'} does not belong to this test set: its ids or shapes differ.")
-    return Experiment(truth, triggered)
+    return Experiment(truth, triggered, read_targets(folder / "triggered.csv", triggered))
 
 
 def check_free(out: Path) -> None:
@@ -132,7 +190,8 @@ def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
     place = {name: row for row, name in enumerate(names["train"])}
     rows = torch.tensor([place[name] for name in again.train.ids], dtype=torch.int64)
     labels = numbers[truth.labels[rows]]
-    if (labels < 0).any() or numbers[truth.target] < 0:
+    targets, led_to = numbers[truth.targets[rows]], numbers[poisoned.experiment.targets]
+    if (labels < 0).any() or (targets < 0).any() or (led_to < 0).any():
         raise InputError(
             "poisoning leaves a class without training samples, which a folder cannot hold; use --format npz."
         )
@@ -140,7 +199,7 @@ def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
     return Poisoned(
         again,
         Experiment(
-            Truth(truth.poisoned[rows], truth.cover[rows], labels, int(numbers[truth.target])),
+            Truth(truth.poisoned[rows], truth.cover[rows], labels, targets),
             replace(
                 triggered,
                 x=torch.as_tensor(triggered.x[torch.arange(len(triggered))]).expand(-1, 3, -1, -1),
@@ -148,6 +207,7 @@ def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
                 spec=again.train.spec,
                 ids=[written[name] for name in triggered.ids],
             ),
+            led_to,
         ),
         poisoned.attack,
     )
@@ -180,4 +240,13 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[-60:] or "_"
 
 
-__all__ = ["Format", "Poisoned", "check_free", "class_number", "poison", "read_experiment", "write_poisoned"]
+__all__ = [
+    "Format",
+    "Poisoned",
+    "check_free",
+    "class_number",
+    "fitted",
+    "poison",
+    "read_experiment",
+    "write_poisoned",
+]

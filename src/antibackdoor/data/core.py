@@ -144,13 +144,15 @@ class Truth:
     """What an attack did; only the judge may read it.
 
     poisoned, cover: `(n,)` bool; cover samples carry the trigger and keep their true label.
-    labels: `(n,)` int64, the labels before poisoning. target: the class the trigger leads to.
+    labels: `(n,)` int64, the labels before poisoning.
+    targets: `(n,)` int64, the class that the trigger on each sample leads to, or would lead to were it triggered; the
+        same for all with most attacks. -1 where nothing was attacked.
     """
 
     poisoned: Tensor
     cover: Tensor
     labels: Tensor
-    target: int
+    targets: Tensor
 
 
 def check_trainable(data: Data) -> None:

@@ -155,13 +155,13 @@ class Job:
             self.history += state["history"]
         self.progress.start(name, stage.epochs, stage.steps)
         saved = time.monotonic()
-        while stage.epoch < stage.epochs:
+        while not stage.finished:
             row = stage.run_epoch(self.progress)
             if self.watch is not None:
                 row |= self.watch(name, model)
             self.history.append(row)
             self.progress.epoch(row)
-            due = time.monotonic() - saved > self.checkpoint_seconds or stage.epoch == stage.epochs
+            due = time.monotonic() - saved > self.checkpoint_seconds or stage.finished
             if path is not None and due:
                 save_state(path, {"fit": stage.state(), "history": self.history[first:]})
                 self.write_history()

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.data.augment import AUGMENTATIONS
-from antibackdoor.data.batches import shuffled, steps_per_epoch
+from antibackdoor.data.batches import Batch, shuffled, steps_per_epoch
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.files import Tree
@@ -33,7 +34,10 @@ class Recipe:
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    schedule: Annotated[Literal["cosine", "constant"], Field(description="of the learning rate, by steps")] = "cosine"
+    schedule: Annotated[
+        Literal["cosine", "constant", "fixmatch"],
+        Field(description="of the learning rate, by steps; fixmatch: cos(7 pi done / 16), which ends at a fifth"),
+    ] = "cosine"
     augment: Annotated[Literal["none", "weak", "strong"], Field(description="augmentation of the batches")] = "weak"
 
     def batch_for(self, n: int) -> int:
@@ -44,8 +48,14 @@ class Recipe:
         """The epochs for n samples: at least `epochs`, and enough for `min_steps` steps."""
         return max(self.epochs, math.ceil(self.min_steps / steps_per_epoch(n, self.batch_for(n))))
 
+    def passes_for(self, n: int) -> int:
+        """Passes over n samples that make one epoch of the loop: the unit of checkpoints and of the history."""
+        return 1
+
     def factor(self, done: float) -> float:
-        """Share of the learning rate after this share of all steps: cosine to zero, or 1."""
+        """Share of the learning rate after this share of all steps: cosine to zero, FixMatch's cosine, or 1."""
+        if self.schedule == "fixmatch":
+            return math.cos(7 / 16 * math.pi * done)
         return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
 
 
@@ -99,28 +109,32 @@ class Fit:
             nesterov=recipe.momentum > 0,
         )
         self.batch_size = recipe.batch_for(len(self.rows))
-        self.steps = steps_per_epoch(len(self.rows), self.batch_size)
+        self.passes = recipe.passes_for(len(self.rows))
+        self.steps = self.passes * steps_per_epoch(len(self.rows), self.batch_size)
         self.epochs = recipe.epochs_for(len(self.rows))
         self.epoch = 0
 
     def run_epoch(self, progress: Progress) -> dict[str, Any]:
-        """One pass; returns its row of the history."""
+        """One epoch; returns its row of the history."""
         started = time.perf_counter()
         device = self.fabric.device
         torch.manual_seed(derive(self.seed, self.stage, self.epoch))  # dropout and the like
         order = generator(self.seed, self.stage, self.epoch, "order")
         noise = generator(self.seed, self.stage, self.epoch, "augment", device=device)
-        augment = AUGMENTATIONS[self.recipe.augment]
         records: dict[str, Tensor] = {}
         self.model.train()
-        for step, plain in enumerate(shuffled(self.data, self.rows, self.batch_size, order, device)):
+        self.objective.before_epoch(self.model, self.epoch)
+        batches = (shuffled(self.data, self.rows, self.batch_size, order, device) for _ in range(self.passes))
+        for step, plain in enumerate(chain.from_iterable(batches)):
             self._set_learning_rate((self.epoch * self.steps + step) / (self.epochs * self.steps))
-            batch = replace(plain, x=augment(plain.x, self.data.spec, noise, plain.lengths))
+            batch = self.objective.prepare(plain, self._augment, noise)
             with self.fabric.autocast():
                 result = self.objective(self.model, batch)
             self.optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(result.loss)
+            self.objective.before_step(self.model)
             self.optimizer.step()
+            self.objective.after_step(self.model)
             for name, values in result.records.items():
                 kept = records.setdefault(name, torch.full((len(self.data),), torch.nan, device=device))
                 kept[batch.rows] = values.float()
@@ -141,6 +155,15 @@ class Fit:
             **numbers,
         }
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the objective needs no more."""
+        return self.epoch >= self.epochs or self.objective.finished
+
+    def _augment(self, batch: Batch, rng: torch.Generator) -> Batch:
+        augment = AUGMENTATIONS[self.recipe.augment]
+        return replace(batch, x=augment(batch.x, self.data.spec, rng, batch.lengths))
+
     def _set_learning_rate(self, done: float) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.recipe.factor(done)
@@ -152,6 +175,7 @@ class Fit:
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state(),
+            "finished": self.objective.finished,
         }
 
     def load(self, state: Tree) -> None:
@@ -160,3 +184,4 @@ class Fit:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.load(state["objective"])
+        self.objective.finished = state["finished"]

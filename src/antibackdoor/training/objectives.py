@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.files import Tree
+
+Augment = Callable[[Batch, torch.Generator], Batch]
+"""The recipe's augmentation of a batch."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,33 @@ class Step:
 
 
 class Objective:
-    """Base of all objectives: `__call__` always; `after_epoch`, `state` and `load` where something is remembered."""
+    """Base of all objectives: `__call__` always, the others where they are needed.
+
+    `state` and `load` where something is remembered; `finished` set True in `after_epoch` ends the stage early, and
+    is saved with it.
+    """
+
+    finished: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """The loss of one batch."""
         raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def prepare(self, plain: Batch, augment: Augment, rng: torch.Generator) -> Batch:
+        """The batch to train on, made of the samples as stored, outside of mixed precision; `augment(batch, rng)`.
+
+        `rows` must stay those of `plain`.
+        """
+        return augment(plain, rng)
+
+    def before_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Prepare the model, which has just been put in training mode, for epoch 0, 1, ..."""
+
+    def before_step(self, model: nn.Module) -> None:
+        """See or change the gradients."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """See or change the new weights."""
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
         """See the epoch's records, `(n,)` each with NaN where a sample was not seen; return numbers for the history."""
