@@ -68,8 +68,8 @@ def run_cells(
         stack.enter_context(engine)
         while waiting or run.claims:
             waiting = run.hand_out(waiting)
-            if not run.claims and waiting:
-                time.sleep(POLL_SECONDS)  # all that is left runs in another process
+            if not run.claims:
+                time.sleep(POLL_SECONDS if waiting else 0)  # what is left, if anything, runs in another process
                 continue
             for event in engine.poll(POLL_SECONDS):
                 waiting += run.hear(event)
