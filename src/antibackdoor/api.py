@@ -18,7 +18,7 @@ from antibackdoor.data.load import load
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import atomically, write_json
+from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
@@ -61,7 +61,7 @@ class Result:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.model, self.architecture, self.spec)
-        atomically(folder / "suspects.csv", lambda part: self.suspects.to_csv(part, index=False))
+        write_csv(folder / "suspects.csv", self.suspects)
         save_gallery(folder, self.data, self.suspects)
         write_json(folder / "verdict.json", self.verdict.as_json())
         write_json(folder / "metrics.json", self.metrics)
@@ -121,7 +121,7 @@ def train(
             "epochs": epochs,
             "seed": seed,
         }
-        open_folder(folder, config, resume=resume)
+        open_folder(folder, config, resume=resume, source=splits.source)
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
     outcome = method.run(job)
     job.write_history()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
@@ -74,6 +75,22 @@ class Format(StrEnum):
     folder = "folder"
 
 
+class CleanedForm(StrEnum):
+    """How a cleaned set is written."""
+
+    npz = "npz"
+    folder = "folder"
+    csv = "csv"
+
+
+class Undecided(StrEnum):
+    """What becomes of flagged samples that nobody decided about."""
+
+    drop = "drop"
+    keep = "keep"
+    suggest = "suggest"
+
+
 class What(StrEnum):
     """What can be listed."""
 
@@ -128,6 +145,10 @@ SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave o
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.")]
 Test = Annotated[str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, or be empty.")]
+UndecidedOption = Annotated[
+    Undecided,
+    typer.Option("--undecided", help="Reviews: what becomes of flagged samples that nobody decided about."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -167,6 +188,10 @@ def train(
     truth: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
     ] = None,
+    review: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.")
+    ] = None,
+    undecided: UndecidedOption = Undecided.drop,
     quiet: Quiet = False,
 ) -> None:
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
@@ -186,6 +211,10 @@ def train(
         data_root=data_root,
     )
     experiment = read_experiment(truth, splits) if truth else None
+    if review is not None:
+        from antibackdoor.review.session import open_session
+
+        splits = open_session(review, splits).cleaned(undecided.value)
     with show(_console(stderr=True), quiet=quiet) as progress:
         result = run(
             splits,
@@ -229,12 +258,12 @@ def predict(
     table = predict_table(
         folder, data, device=device, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
     )
-    from antibackdoor.files import atomically
+    from antibackdoor.files import write_csv
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; give --out the name of a file to write.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomically(out, lambda part: table.to_csv(part, index=False))
+    write_csv(out, table)
     if not quiet:
         right = f", {(table['predicted'] == table['label']).mean():.1%} as labeled" if "label" in table else ""
         typer.echo(f"{len(table):,} predictions in {out}{right}")
@@ -315,6 +344,53 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     from antibackdoor.report import build_report
 
     typer.echo(str(build_report(folder)))
+
+
+@app.command()
+def review(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` or `scan` wrote.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Where the data are now, if not where the run read them.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 lets the system choose.")] = 0,
+    open_page: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Show the page in a browser [default: on a terminal].")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Write the cleaned set there and open no page.")
+    ] = None,
+    form: Annotated[CleanedForm, typer.Option("--format", help="Of the export.")] = CleanedForm.npz,
+    undecided: UndecidedOption = Undecided.drop,
+    quiet: Quiet = False,
+) -> None:
+    """Go through the suspects on a local page (keep, drop, relabel) and export the cleaned set."""
+    from antibackdoor.review.session import open_session
+
+    session = open_session(folder, source=data)
+    if out is not None:
+        from antibackdoor.review.export import export
+
+        told = export(session, out, form.value, undecided.value)
+        if not quiet:
+            typer.echo(f"{told}; in {out}")
+        return
+    try:
+        from antibackdoor.review.server import serve
+    except ImportError:
+        raise InputError("the page needs two more packages: pip install 'antibackdoor[review]'.") from None
+
+    def ready(address: str) -> None:
+        typer.echo(f"Review page (for this machine only): {address}\nEnd with Ctrl-C; every decision is saved at once.")
+        if sys.stdout.isatty() if open_page is None else open_page:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(session, port, ready=ready)
+    if not quiet:
+        again = f"antibackdoor train {shlex.quote(data or 'DATA')} --review {shlex.quote(str(folder))} --out RUN"
+        typer.echo(f"\nDecisions are in {folder / 'review.jsonl'}. Train on the cleaned set: {again}")
 
 
 @app.command()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from antibackdoor.errors import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Tree: TypeAlias = Any
 """A state: dicts with string or integer keys, lists, tensors, numbers, strings, booleans, None."""
@@ -117,3 +121,25 @@ def load_state(path: Path) -> Tree:
         return dress(skeleton)
     except Exception as error:  # safetensors raises its own type, which it does not export for catching
         raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None
+
+
+def write_csv(path: Path, table: DataFrame) -> None:
+    """Write a table atomically: text quoted, so that no line break in a name ends a row, and free of formulas."""
+    safe = table.apply(lambda column: column.map(lambda v: csv_cell(v) if isinstance(v, str) else v))
+    atomically(
+        path,
+        lambda part: safe.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC, errors="surrogateescape"),
+    )
+
+
+def csv_cell(text: str) -> str:
+    """Text for a cell of a table that no spreadsheet takes for a formula; `from_csv_cell` gives it back.
+
+    Names come from whoever made the data, and a cell that begins with one of these runs as a formula when it is opened.
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) else text
+
+
+def from_csv_cell(cell: str) -> str:
+    """The text that `csv_cell` was given."""
+    return cell[1:] if cell.startswith("'") else cell

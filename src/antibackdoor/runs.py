@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class ModelCard(BaseModel):
         return Spec(self.kind, self.shape, self.classes, self.low, self.high)
 
 
-def open_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> bool:
+def open_folder(folder: Path, config: dict[str, Any], *, resume: bool, source: Mapping[str, Any] | None = None) -> bool:
     """Make a run folder, or take up one with the same settings; True where the run there is finished already.
 
+    source: how the data were read (`Splits.source`); kept beside the settings, for `review` to read them again.
     Raises InputError for a folder in use without `resume`, one of other settings, and one that cannot be written.
     """
     settings = folder / "config.json"
@@ -60,6 +62,8 @@ def open_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> bool:
             )
     else:
         write_json(settings, config)
+    if source is not None:
+        write_json(folder / "source.json", dict(source))
     return (folder / "result.json").exists()
 
 

@@ -141,3 +141,18 @@ def test_demo(run: Run, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "demo" / "japanese_vowels-defended" / "comparison.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["no defense", "defended"]
     run("demo", "--out", tmp_path / "demo", status=2)
+
+
+def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("train", images, "--out", out, *TINY, *UNDEFENDED, "--quiet")
+    first = sorted((images / "train" / "blue").iterdir())[0].name
+    (out / "review.jsonl").write_text(json.dumps({"id": f"train/blue/{first}", "decision": "drop"}) + "\n")
+    told = run("review", out, "--export", tmp_path / "cleaned", "--format", "folder").output
+    assert told.startswith("59 of 60 samples kept, 1 dropped, 0 relabeled")
+    assert not (tmp_path / "cleaned" / "data" / "train" / "blue" / first).exists()
+    assert len(load(tmp_path / "cleaned" / "data").train) == 59
+    again = run("train", images, "--review", out, "--out", tmp_path / "again", *TINY, *UNDEFENDED).output
+    assert "of 59 samples" in again
+    run("train", images, "--review", tmp_path / "cleaned", "--out", tmp_path / "third", status=2)
+    run("review", tmp_path / "cleaned", status=2)

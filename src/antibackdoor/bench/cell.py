@@ -13,7 +13,15 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures, trace_of
+from antibackdoor.bench.judge import (
+    accuracy,
+    attack_measures,
+    detection_measures,
+    partition_measures,
+    selection_measures,
+    stage_measures,
+    trace_of,
+)
 from antibackdoor.bench.ledger import digest
 from antibackdoor.bench.machine import peak_memory, reset_peak_memory
 from antibackdoor.bench.poisoned import poison
@@ -148,6 +156,11 @@ def run_cell(
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    if outcome.selections:
+        y = data.y.cpu()
+        measures["selections"] = {name: selection_measures(s, y, truth) for name, s in outcome.selections.items()}
+    if outcome.stages:
+        measures["stages"] = stage_measures(outcome, splits.test, experiment, fabric)
     return {
         "cell": cell.resolved(),
         "environment": environment(fabric),

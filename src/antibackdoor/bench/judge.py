@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -146,3 +147,25 @@ def trace_of(train: Data, test: Data, experiment: Experiment | None, fabric: Fab
 def _backbone(tap: nn.Module) -> nn.Module:
     assert isinstance(tap, Tap)
     return tap.backbone
+
+
+def selection_measures(selected: Tensor, labels: Tensor, truth: Truth) -> dict[str, Any]:
+    """How poisoned a set of samples is that a defense relied on, and how many of its labels, as given, are true."""
+    return {
+        "poisoned": share(truth.poisoned[selected]),
+        "labels_true": share((labels == truth.labels)[selected]),
+    }
+
+
+def stage_measures(outcome: Outcome, test: Data, experiment: Experiment | None, fabric: Fabric) -> dict[str, Any]:
+    """Clean accuracy and, under attack, its success after each stage of the defense."""
+    model = copy.deepcopy(outcome.model)
+    measures: dict[str, Any] = {}
+    for name, weights in outcome.stages.items():
+        model.load_state_dict(weights)
+        if experiment is None:
+            all_of_them = accuracy(logits_of(model, test, fabric).argmax(1), test)
+        else:
+            all_of_them = attack_measures(model, test, experiment.triggered, experiment.targets, fabric)
+        measures[name] = {key: value for key, value in all_of_them.items() if "_by_" not in key}
+    return measures

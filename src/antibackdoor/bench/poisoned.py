@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
-from PIL import Image
 
 from antibackdoor.attacks import ATTACKS, Attack, Fitted, State
 from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
+from antibackdoor.data.folders import folder_names, write_class_folders
 from antibackdoor.data.images import load_folder
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
 from antibackdoor.errors import InputError, unknown
@@ -178,8 +177,8 @@ def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
     assert test is not None
     if spec.kind != "image":
         raise InputError("only images can be written as a folder of files; use --format npz for series.")
-    folders = _folder_names(spec.classes)
-    names = {part: _write_split(data, root, part, folders) for part, data in (("train", poisoned.splits.train),
+    folders = folder_names(spec.classes)
+    names = {part: write_class_folders(data, root, part, folders) for part, data in (("train", poisoned.splits.train),
                                                                              ("test", test))}  # fmt: skip
     again = load_folder(root, image_size=(spec.shape[2], spec.shape[1]))
     held = again.test
@@ -211,33 +210,6 @@ def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
         ),
         poisoned.attack,
     )
-
-
-def _write_split(data: Data, root: Path, part: str, folders: Sequence[str]) -> list[str]:
-    """One PNG a sample; returns the names that they get when the folder is read."""
-    names = []
-    for name in {folders[k] for k in data.y.unique().tolist()}:
-        (root / part / name).mkdir(parents=True)
-    for row, (label, sample_id) in enumerate(zip(data.y.tolist(), data.ids, strict=True)):
-        # The row number keeps names apart and in order; it says nothing about the poison.
-        names.append(f"{part}/{folders[label]}/{row:06d}-{_safe(Path(sample_id).stem)}.png")
-        pixels = data.x[torch.tensor([row])][0].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(root / names[-1])
-    return names
-
-
-def _folder_names(classes: Sequence[str]) -> list[str]:
-    """Class names as folder names, different even where letter case does not count."""
-    names: list[str] = []
-    for number, name in enumerate(classes):
-        safe, taken = _safe(name), {other.casefold() for other in names}
-        names.append(f"{safe}-{number}" if safe.casefold() in taken else safe)
-    return names
-
-
-def _safe(text: str) -> str:
-    """Text from whoever made the data as a plain file name: no separators, no leading dot, not long."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[-60:] or "_"
 
 
 __all__ = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -122,10 +122,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec."""
+    """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec.
+
+    source: the arguments of `load` that these were read with, as plain JSON values, so that they can be read again.
+    """
 
     train: Data
     test: Data | None = None
+    source: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.test is None:

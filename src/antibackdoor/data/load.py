@@ -41,6 +41,33 @@ def load(
     memory_map: read an `.npz` from disk as needed. data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
+    splits = _load(source, test, image_size, missing, skip_unreadable, memory_map, data_root)
+    told = {
+        "source": _place(source),
+        "test": None if test is None else _place(test),
+        "image_size": image_size,
+        "missing": missing,
+        "skip_unreadable": skip_unreadable,
+        "memory_map": memory_map,
+        "data_root": None if data_root is None else _place(data_root),
+    }
+    return replace(splits, source=told)
+
+
+def _place(source: str | Path) -> str:
+    """A path that means the same in any working folder; names of the catalog as they are."""
+    return str(Path(source).resolve()) if Path(source).exists() else str(source)
+
+
+def _load(
+    source: str | Path,
+    test: str | Path | None,
+    image_size: int | tuple[int, int] | None,
+    missing: Missing,
+    skip_unreadable: bool,
+    memory_map: bool,
+    data_root: Path | None,
+) -> Splits:
     path = _inside(Path(source))
     held = None if test is None else Path(test)
     if missing not in ("refuse", "interpolate", "zero"):

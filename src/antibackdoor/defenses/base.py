@@ -36,6 +36,8 @@ class Outcome:
     suggested: `(n,)` int64, the class a flagged sample seems to belong to, -1 where there is none to suggest.
     reasons: a sentence for flagged samples, by row number. evidence: numbers for the verdict, by name.
     partitions: one an epoch, where the method splits the samples.
+    selections: sets of samples that the method relied on, by name, `(n,)` bool; the judge says how poisoned each is.
+    stages: weights of the model after each stage, in order, where they are worth judging one by one (`snapshot`).
     """
 
     model: nn.Module
@@ -46,6 +48,8 @@ class Outcome:
     reasons: dict[int, str] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
     partitions: list[Partition] = field(default_factory=list)
+    selections: dict[str, Tensor] = field(default_factory=dict)
+    stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -53,6 +57,11 @@ class Outcome:
             raise RuntimeError("scores, probability, flagged and suggested must have one value for each sample")
         if not (torch.isfinite(self.scores).all() and torch.isfinite(self.probability).all()):
             raise RuntimeError("a defense gave a score or probability that is not finite")
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's weights in main memory."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 @options

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from antibackdoor.errors import InputError
-from antibackdoor.files import read_json
+from antibackdoor.files import from_csv_cell, read_json
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -100,13 +100,13 @@ def _suspects(path: Path) -> Suspects:
         first = pd.read_csv(path, nrows=SHOWN, dtype=str, **options).to_dict("records")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
-    labels = table["label"].astype("category")
+    labels = table["label"].map(from_csv_cell).astype("category")
     return Suspects(
         score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
         flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
         label=labels.cat.codes.to_numpy(dtype=np.int64),
         classes=[str(name) for name in labels.cat.categories],
-        first=[{str(key): str(value) for key, value in row.items()} for row in first],
+        first=[{str(key): from_csv_cell(str(value)) for key, value in row.items()} for row in first],
     )
 
 

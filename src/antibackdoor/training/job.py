@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -24,6 +24,7 @@ from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
 
 Watch: TypeAlias = Callable[[str, nn.Module], dict[str, Any]]
+R = TypeVar("R", bound=Recipe)
 
 
 def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
@@ -109,7 +110,7 @@ class Job:
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
         return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
 
-    def recipe(self, recipe: Recipe) -> Recipe:
+    def recipe(self, recipe: R) -> R:
         """The method's own recipe, with the user's epochs and batch size in place of its own where they were given."""
         return replace(recipe, **self.budget)
 

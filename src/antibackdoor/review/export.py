@@ -1,0 +1,138 @@
+"""The cleaned set on the disk: a folder of images, a manifest or an `.npz`, with `keep.txt` and `drop.csv`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from antibackdoor.data.arrays import write_npz
+from antibackdoor.data.core import Data, Splits
+from antibackdoor.data.folders import folder_names, write_class_folders
+from antibackdoor.errors import InputError, unknown
+from antibackdoor.files import csv_cell
+from antibackdoor.review.decisions import Undecided
+from antibackdoor.review.session import Session
+
+Form: TypeAlias = Literal["folder", "csv", "npz"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def export(session: Session, out: Path, form: Form, undecided: Undecided = "drop", *, replace: bool = False) -> str:
+    """Write the cleaned set into the folder `out`, which appears complete or not at all; returns what was written.
+
+    folder: `data/CLASS/...` with the original image files where the data came as files (PNG files of the decoded
+    pixels otherwise); `data/train` and `data/test` where there is a test set. csv: `labels.csv` (path, label, split)
+    for the files as they lie, to be copied beside them (id instead of path for samples that are no files). npz:
+    `data.npz`. Always: `keep.txt`, the ids of what stays, one a line, and `drop.csv`, what was dropped or relabeled.
+    replace: take the place of an earlier export. Raises InputError where `out` is in use or cannot be written.
+    """
+    if form not in FORMS:
+        raise unknown("format", form, FORMS)
+    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; choose another folder.")
+    stays, labels = session.decisions.cleaned(session.flagged, session.suggested, undecided)
+    cleaned = session.cleaned(undecided)
+    part = out.parent / f".{out.name}.{os.getpid()}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        if form == "npz":
+            write_npz(part / "data.npz", cleaned)
+        elif form == "csv":
+            _write_manifest(part / "labels.csv", cleaned, "path" if _files(session) else "id")
+        else:
+            _write_folder(part / "data", cleaned, _files(session))
+        _write_lists(part, session, stays, labels)
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another folder.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    changed = int((labels != session.data.y.cpu().numpy())[stays].sum())
+    return (
+        f"{int(stays.sum()):,} of {len(stays):,} samples kept, {int((~stays).sum()):,} dropped, {changed:,} relabeled"
+    )
+
+
+def _files(session: Session) -> Path | None:
+    """The folder that the ids are relative to, where the data were read from image files."""
+    told = (session.splits.source or {}).get("source")
+    if session.data.spec.kind != "image" or not isinstance(told, str):
+        return None
+    root = Path(told) if Path(told).is_dir() else Path(told).parent
+    root = root / "data" if (root / "attack.json").is_file() and (root / "data").is_dir() else root
+    return root if (root / session.data.ids[0]).is_file() else None
+
+
+def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
+    """path (or id, where samples are no files), label, split; names stay as they are, to name the files exactly."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow([first, "label", "split"])
+        for split, data in (("train", cleaned.train), ("test", cleaned.test)):
+            if data is None:
+                continue
+            names = [data.spec.classes[k] for k in data.y.tolist()]
+            for name in (*data.ids, *names):
+                if csv_cell(name) != name:
+                    raise InputError(
+                        f"{name!r} could run as a formula where a table is opened; export a folder or an npz instead."
+                    )
+            table.writerows([name, label, split] for name, label in zip(data.ids, names, strict=True))
+
+
+def _write_folder(root: Path, cleaned: Splits, files: Path | None) -> None:
+    if cleaned.train.spec.kind != "image":
+        raise InputError("only images can be written as a folder of files; export series as npz.")
+    folders = folder_names(cleaned.train.spec.classes)
+    for split, data in (("train", cleaned.train), ("test", cleaned.test)):
+        if data is None:
+            continue
+        part = split if cleaned.test is not None else ""
+        if files is None:
+            write_class_folders(data, root, part, folders)
+        else:
+            _copy_files(data, files, root / part, folders)
+
+
+def _copy_files(data: Data, files: Path, root: Path, folders: list[str]) -> None:
+    """The original files, under their own names where these are free."""
+    taken: set[tuple[str, str]] = set()
+    inside = files.resolve()
+    for row, (label, name) in enumerate(zip(data.y.tolist(), data.ids, strict=True)):
+        source = (files / name).resolve()
+        if not source.is_relative_to(inside):
+            raise InputError(f"{name!r} leads out of {files}; it is not copied.")
+        folder, own = folders[label], Path(name).name
+        if (folder, own.casefold()) in taken:
+            own = f"{row:06d}-{own}"
+        taken.add((folder, own.casefold()))
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, root / folder / own)
+
+
+def _write_lists(part: Path, session: Session, stays: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]) -> None:
+    """`keep.txt`, ids one a line (one with a line break or a leading quote as a JSON string), and `drop.csv`."""
+    data, classes = session.data, session.data.spec.classes
+    kept = [data.ids[row] for row in np.flatnonzero(stays)]
+    lines = [json.dumps(name) if name.startswith('"') or name.splitlines() != [name] else name for name in kept]
+    (part / "keep.txt").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    given = data.y.cpu().numpy()
+    with (part / "drop.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "label", "action", "new_label", "score", "flagged", "reason"])
+        changed = np.flatnonzero(~stays | (labels != given))
+        for row in changed[np.argsort(-session.table["score"].to_numpy()[changed], kind="stable")]:
+            new = classes[labels[row]] if stays[row] else ""
+            cells = [data.ids[row], classes[given[row]], "relabel" if stays[row] else "drop", new]
+            numbers = [f"{session.table['score'][row]:.6g}", bool(session.flagged[row])]
+            table.writerow([*map(csv_cell, cells), *numbers, csv_cell(session.table["reason"][row])])
