@@ -51,7 +51,8 @@ data = ["digits"]
 train_size = 60
 attacks = ["badnets"]
 models = ["resnet18-w4"]
-epochs = 250
+epochs = 400
+defense_options = { "recipe.min_steps" = 0 }
 """
 TINY = Cell(data="digits", train_size=60, model="resnet18-w4", epochs=1, defense_options=FAST["none"])
 PROFILES = """
@@ -280,30 +281,65 @@ def test_a_claim_ends_with_its_holder(tmp_path: Path) -> None:
         assert again
 
 
-def test_a_driver_that_is_killed_leaves_no_worker_and_the_next_goes_on(tmp_path: Path) -> None:
-    """kill -9 in the middle of a cell; the rerun resumes it and gives what an undisturbed run gives."""
-    path, out = grid(tmp_path, LONG), tmp_path / "ledger"
-    cells = read_grid(path).cells()
-    command = [sys.executable, "-m", "antibackdoor.cli", "bench", str(path), "--out", str(out), "--workers", "1"]
-    driver = subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline, stages = time.monotonic() + 100, out / ".stages"
-    while not list(stages.glob("*/stages/*.safetensors")) and time.monotonic() < deadline:
+def test_a_worker_ends_with_its_driver(tmp_path: Path) -> None:
+    """The input of a worker ends when its driver is killed, in whatever way."""
+    (cell,) = read_grid(grid(tmp_path, LONG)).cells()
+    worker = subprocess.Popen([sys.executable, "-m", "antibackdoor.bench.worker"], stdin=-1, stdout=-1, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(Task(cell.name(), cell, tmp_path, "cpu").text() + "\n")
+    worker.stdin.flush()
+    assert Event(**json.loads(worker.stdout.readline())).content["epochs"] == 400
+    worker.stdin.close()
+    assert worker.wait(timeout=60) == 0
+    assert all(Event(**json.loads(line)).kind == "epoch" for line in worker.stdout)  # it did not finish
+
+
+def test_a_cell_that_was_cut_goes_on_to_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("antibackdoor.bench.cell.CHECKPOINT_SECONDS", -1.0)
+    cell, ran = replace(TINY, attack="badnets", epochs=5), list[int]()
+
+    class Cut(Watcher):
+        def epoch(self, name: str, content: dict[str, Any]) -> None:
+            ran.append(content["epoch"])
+
+    def die(told: Event) -> None:
+        if told.content["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work(Task(cell.name(), cell, tmp_path / "ledger" / ".stages" / cell.name(), "cpu"), die)
+    ledger, stages = Ledger(tmp_path / "ledger"), tmp_path / "ledger" / ".stages"
+    assert run_cells([cell], ledger, Here(), stages=stages, device="cpu", watcher=Cut()) == []
+    assert ran == [0, 3, 4, 5]  # the epoch after which it was cut was not yet kept
+    same_as_undisturbed([cell], tmp_path)
+
+
+def same_as_undisturbed(cells: list[Cell], folder: Path) -> None:
+    """Finish the ledger that was cut, and make another at one go."""
+    ledgers = {"ledger": folder / "ledger" / ".stages", "whole": folder / "other"}
+    for name, stages in ledgers.items():
+        assert run_cells(cells, Ledger(folder / name), Here(), stages=stages, device="cpu") == []
+    cut, whole = (read_ledger(folder / name) for name in ledgers)
+    assert set(cut) == set(whole) == {cell.name() for cell in cells}
+    for name in cut:
+        for key in ("cell", "scale", "measures", "history_digest"):
+            assert cut[name][key] == whole[name][key]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
+    path, stages = grid(tmp_path, LONG), tmp_path / "ledger" / ".stages"
+    command = [sys.executable, "-m", "antibackdoor.cli", "bench", str(path), "--out", str(stages.parent)]
+    driver = subprocess.Popen([*command, "--workers", "1", "--device", "cpu", "--quiet"])
+    while not list(stages.glob("*/stages/*.safetensors")):
         time.sleep(0.02)
     workers = [pid for pid in Path("/proc").glob("[0-9]*") if parent(pid) == driver.pid]
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert list(stages.glob("*/stages/*.safetensors")) and len(workers) == 1 and not read_ledger(out)
+    assert len(workers) == 1 and not read_ledger(stages.parent)
     while workers[0].exists() and state(workers[0]) != "Z":
-        assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert run_cells(cells, Ledger(out), Here(), stages=out / ".stages", device="cpu") == []
-    whole = tmp_path / "whole"
-    assert run_cells(cells, Ledger(whole), Here(), stages=tmp_path / "other", device="cpu") == []
-    for name, record in read_ledger(out).items():
-        other = read_ledger(whole)[name]
-        assert {k: record[k] for k in ("cell", "measures", "history_digest", "scale")} == {
-            k: other[k] for k in ("cell", "measures", "history_digest", "scale")
-        }
+    same_as_undisturbed(read_grid(path).cells(), tmp_path)
 
 
 def state(process: Path) -> str:
