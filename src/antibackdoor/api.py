@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
 from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
+from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
@@ -22,7 +24,7 @@ from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import open_folder, save_gallery, save_model
+from antibackdoor.runs import describe_data, open_folder, save_attention, save_gallery, save_model
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -44,6 +46,7 @@ class Result:
     architecture: str | None
     data: Data
     environment: dict[str, Any]
+    attention: Attention | None = None
 
     @torch.no_grad()
     def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
@@ -62,7 +65,10 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         save_model(folder, self.model, self.architecture, self.spec)
         write_csv(folder / "suspects.csv", self.suspects)
-        save_gallery(folder, self.data, self.suspects)
+        reference = None if self.attention is None else self.attention.reference
+        save_gallery(folder, self.data, self.suspects, reference)
+        if self.attention is not None:
+            save_attention(folder, self.attention)
         write_json(folder / "verdict.json", self.verdict.as_json())
         write_json(folder / "metrics.json", self.metrics)
         write_json(folder / "env.json", self.environment)
@@ -99,7 +105,9 @@ def train(
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
     experiment: known truth, for measuring only. Raises InputError for bad input.
     """
-    splits = load(data) if isinstance(data, str | Path) else data if isinstance(data, Splits) else Splits(data)
+    if isinstance(data, str | Path):
+        data = replace(load(data), name=str(data))
+    splits = data if isinstance(data, Splits) else Splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
@@ -122,6 +130,9 @@ def train(
             "seed": seed,
         }
         open_folder(folder, config, resume=resume, source=splits.source)
+        write_json(folder / "data.json", describe_data(splits))
+        if experiment is not None:
+            write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
     job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
     outcome = method.run(job)
     job.write_history()
@@ -135,6 +146,7 @@ def train(
         architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
         data=splits.train,
         environment=environment(fabric),
+        attention=attention_of(job.data, outcome, fabric),
     )
     if folder is not None:
         result.save(folder)

@@ -7,6 +7,7 @@ import errno
 import os
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -210,6 +211,7 @@ def train(
         memory_map=memory_map,
         data_root=data_root,
     )
+    splits = replace(splits, name=data)
     experiment = read_experiment(truth, splits) if truth else None
     if review is not None:
         from antibackdoor.review.session import open_session

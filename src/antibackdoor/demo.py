@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def run_demo(
     reports = []
     for kind in kinds:
         scene = SCENES[kind]
-        poisoned = poison(load(scene.data), ATTACK, {"rate": RATE}, seed=seed)
+        poisoned = poison(replace(load(scene.data), name=scene.data), ATTACK, {"rate": RATE}, seed=seed)
         counts, spec = poisoned.attack["counts"], poisoned.splits.train.spec
         target = spec.classes[int(poisoned.experiment.targets[0])]
         console.print(

@@ -12,14 +12,15 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from antibackdoor.data.core import Data, Kind, Spec
+from antibackdoor.attention import Attention
+from antibackdoor.data.core import Data, Kind, Spec, Splits
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, read_json, write_json
 from antibackdoor.models import create
 
-GALLERY_SIZE = 48
+GALLERY_SIZE, REFERENCES = 48, 8
 
 
 class ModelCard(BaseModel):
@@ -104,18 +105,53 @@ def load_model(folder: str | Path, *, into: nn.Module | None = None) -> tuple[nn
     return model.eval(), spec
 
 
-def save_gallery(folder: Path, data: Data, suspects: pd.DataFrame) -> None:
-    """Keep the most suspicious samples, so that the report can be rebuilt without the data."""
+def describe_data(splits: Splits) -> dict[str, Any]:
+    """`data.json`: what the run was given, in numbers, and what the user called it."""
+    data = splits.train
+    counts = torch.bincount(data.y.cpu(), minlength=len(data.spec.classes)).tolist()
+    return {
+        "name": splits.name,
+        "kind": data.spec.kind,
+        "shape": list(data.spec.shape),
+        "training_samples": len(data),
+        "test_samples": 0 if splits.test is None else len(splits.test),
+        "samples_by_class": dict(zip(data.spec.classes, counts, strict=True)),
+    }
+
+
+def save_gallery(folder: Path, data: Data, suspects: pd.DataFrame, reference: Tensor | None = None) -> None:
+    """Keep the most suspicious samples, so that the report can be rebuilt without the data.
+
+    reference: row numbers of trusted samples to show beside them.
+    """
     place = {name: row for row, name in enumerate(data.ids)}
     ids = suspects["id"].head(GALLERY_SIZE).tolist()
     rows = torch.tensor([place[name] for name in ids], dtype=torch.int64)
-    x = data.x[rows].cpu().numpy()
-    arrays: dict[str, Any] = {"ids": np.array(ids), "x": x.transpose(0, 2, 3, 1) if data.spec.kind == "image" else x}
-    if data.lengths is not None:
-        arrays["lengths"] = data.lengths[rows.to(data.lengths.device)].cpu().numpy()
+    arrays: dict[str, Any] = {"ids": np.array(ids), **_samples(data, rows)}
+    if reference is not None:
+        reference = reference[:REFERENCES]
+        arrays |= {f"reference_{name}": value for name, value in _samples(data, reference).items()}
+        arrays["reference_label"] = np.array([data.spec.classes[k] for k in data.y[reference].tolist()])
+    _save_arrays(folder / "gallery.npz", arrays)
 
+
+def save_attention(folder: Path, attention: Attention) -> None:
+    """Write `attention.npz`."""
+    _save_arrays(folder / "attention.npz", attention.arrays())
+
+
+def _samples(data: Data, rows: Tensor) -> dict[str, np.ndarray]:
+    """Samples as stored, images with the channels last."""
+    x = data.x[rows].cpu().numpy()
+    found = {"x": x.transpose(0, 2, 3, 1) if data.spec.kind == "image" else x}
+    if data.lengths is not None:
+        found["lengths"] = data.lengths[rows.to(data.lengths.device)].cpu().numpy()
+    return found
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     def write(part: Path) -> None:
         with part.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
-    atomically(folder / "gallery.npz", write)
+    atomically(path, write)

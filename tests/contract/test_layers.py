@@ -26,7 +26,7 @@ LAYERS = [
     {"attacks"},
     {"defenses"},
     {"verdict"},
-    {"environment"},
+    {"attention", "environment"},
     {"bench"},
     {"report"},
     {"runs"},
@@ -40,7 +40,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items()}
 """What `from antibackdoor import name` leads to."""
-BLIND = {"models", "training", "detectors", "defenses", "verdict"}
+BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
 HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

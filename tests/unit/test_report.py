@@ -6,6 +6,7 @@ import html
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from antibackdoor.report.pictures import picture
 from antibackdoor.report.run import read_run
 from antibackdoor.report.words import duration, measure, percent, plain
 
-OPTIONAL = ["metrics.json", "history.jsonl", "config.json", "env.json", "gallery.npz", "comparison.json"]
+OPTIONAL = ["metrics.json", "history.jsonl", "config.json", "env.json", "gallery.npz", "comparison.json", "data.json",
+            "truth.csv", "attention.npz"]  # fmt: skip
 
 
 class Elements(HTMLParser):
@@ -56,11 +58,47 @@ def test_poisoned_run(tmp_path: Path, kind: str) -> None:
     assert "This data set looks poisoned" in page.text
     assert "9.1%" in page.text and "97%" in page.text and "7,913 of 10,000" in page.text
     assert "no defense" in page.text and "99.8%" in page.text
-    assert page.count("img" if kind == "image" else "svg") == 48 + 6
+    shown, trusted, first, maps, sketch = 48, 6, 6 if kind == "image" else 4, 2, kind == "series"
+    assert page.count("img" if kind == "image" else "svg") == shown + trusted + first + maps + sketch
     pictures = [attrs for tag, attrs in page.tags if tag in ("img", "svg")]
     assert all(attrs.get("alt") or attrs.get("aria-label") for attrs in pictures)
     assert len([a for t, a in page.tags if t == "script" and a.get("type") == "application/json"]) == 3
     assert "12 min 34 s" in page.text and "defense.options.isolation_ratio" in page.text
+
+
+def test_the_first_screen_proves_it(tmp_path: Path) -> None:
+    page = read(toy_run(tmp_path, n=600))
+    assert "Very sure: confidence 97%" in page.text
+    assert "photos/from-the-web" in page.text and "cifar10" in page.text.split("Details")[-1]
+    assert "suspects: strongest at the bottom right; half of it lies on 0.5% of the image" in page.text
+    assert "trusted samples: spread over the image" in page.text
+    series = read(toy_run(tmp_path / "series", "series", n=600))
+    assert "strongest around step 402 of 900 of channel 1; half of it lies on 0.1% of the series" in series.text
+
+
+def test_the_truth_is_counted(tmp_path: Path) -> None:
+    run = read_run(toy_run(tmp_path, n=600))
+    truth, flagged = run.suspects.truth, run.suspects.flagged
+    assert truth is not None and 0 < (truth & flagged).sum() < truth.sum()
+    page = read(tmp_path)
+    assert f"{(truth & flagged).sum()} found" in page.text and f"{(truth & ~flagged).sum()} missed" in page.text
+    assert f"{(~truth & flagged).sum()} wrongly suspected" in page.text
+    assert page.text.count("truth: poisoned") == truth[:48].sum()
+    (tmp_path / "truth.csv").unlink()
+    assert "wrongly suspected" not in read(tmp_path).text
+
+
+def test_no_verdict_is_not_nothing_found(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=50, poisoned=False)
+    (folder / "verdict.json").write_text('{"poisoned": false, "confidence": 0.0, "evidence": ["Looks for no poison."]}')
+    page = read(folder)
+    assert "No verdict" in page.text and "Nothing found" not in page.text and "Looks for no poison." in page.text
+
+
+def test_headings_leave_no_level_out(tmp_path: Path) -> None:
+    page = read(toy_run(tmp_path, n=200))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+    assert levels.count(1) == 1 and all(b - a <= 1 for a, b in pairwise(levels))
 
 
 def test_nothing_found_is_no_proof(tmp_path: Path) -> None:
@@ -92,6 +130,8 @@ def test_no_run_folder(tmp_path: Path, missing: str) -> None:
         ("suspects.csv", "id,label\n1,a\n"),
         ("suspects.csv", "id,label,score,flagged\n1,a,high,true\n"),
         ("gallery.npz", "no archive"),
+        ("attention.npz", "no archive"),
+        ("truth.csv", "id\n1\n"),
         ("history.jsonl", "{broken\n{}\n"),
     ],
 )
@@ -181,7 +221,12 @@ def test_many_samples_make_no_big_page(tmp_path: Path) -> None:
 
 
 def test_charts_are_valid_and_count_everyone(tmp_path: Path) -> None:
-    run = read_run(toy_run(tmp_path, n=5_000))
+    folder = toy_run(tmp_path, n=5_000)
+    known = {chart.key: chart for chart in charts(read_run(folder))}["scores"].figure["data"]
+    assert [bars["name"] for bars in known] == ["clean", "poisoned, missed", "clean, flagged", "poisoned, flagged"]
+    assert sum(sum(bars["y"]) for bars in known) == 5_000
+    (folder / "truth.csv").unlink()
+    run = read_run(folder)
     found = {chart.key: chart for chart in charts(run)}
     assert set(found) == {"scores", "classes", "losses"}
     for chart in found.values():

@@ -53,7 +53,23 @@ def toy_run(folder: Path, kind: str = "image", n: int = 10_000, poisoned: bool =
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _history()))
     (folder / "model.safetensors").write_bytes(b"")
     _gallery(folder, kind, table, poisoned, rng)
+    shape = [3, 32, 32] if kind == "image" else [3, 900]
+    _json(folder / "data.json", {"name": "photos/from-the-web", "kind": kind, "shape": shape, "training_samples": n})
+    if poisoned:
+        role = np.where(bad, "poison", "clean")
+        pd.DataFrame({"id": table["id"], "role": role}).to_csv(folder / "truth.csv", index=False)
+        _attention(folder, kind, classes[0])
     return folder
+
+
+def _attention(folder: Path, kind: str, label: str) -> None:
+    """A bright spot at the bottom right, or around step 402 of the first of three channels."""
+    suspects = np.zeros((32, 32) if kind == "image" else (3, 900), np.float32)
+    suspects[(slice(28, 31), slice(28, 31)) if kind == "image" else (0, slice(400, 405))] = 5
+    ramp = np.linspace(0, 1, suspects.shape[-1], dtype=np.float32)
+    mean = np.broadcast_to(ramp[:, None], (32, 32, 3)) if kind == "image" else np.stack([ramp, ramp**2, -ramp])
+    maps = {"suspects": suspects, "trusted": np.ones_like(suspects), "suspects_mean": mean, "trusted_mean": mean}
+    np.savez_compressed(folder / "attention.npz", label=label, witness="second head", n=16, **maps)
 
 
 def _verdict(poisoned: bool, target: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def poison(
     train, truth = method.poison(splits.train, state, own_seed)
     triggered, targets = method.triggered(splits.test, state)
     told = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
-    return Poisoned(Splits(train, splits.test), Experiment(truth, triggered, targets), told)
+    return Poisoned(Splits(train, splits.test, name=splits.name), Experiment(truth, triggered, targets), told)
 
 
 def fitted(

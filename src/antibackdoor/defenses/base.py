@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from antibackdoor.data.batches import Batch
 from antibackdoor.options import options
 from antibackdoor.registry import Registry
 from antibackdoor.training.job import Job
@@ -38,6 +40,8 @@ class Outcome:
     partitions: one an epoch, where the method splits the samples.
     selections: sets of samples that the method relied on, by name, `(n,)` bool; the judge says how poisoned each is.
     stages: weights of the model after each stage, in order, where they are worth judging one by one (`snapshot`).
+    witness: the network that a backdoor shows in, and how to get its logits, where that is not the model itself; it is
+    looked at for the report and not kept.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class Outcome:
     partitions: list[Partition] = field(default_factory=list)
     selections: dict[str, Tensor] = field(default_factory=dict)
     stages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    witness: tuple[nn.Module, Callable[[nn.Module, Batch], Tensor]] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.scores)

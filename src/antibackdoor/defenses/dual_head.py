@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -210,4 +211,4 @@ class Dual(Objective):
         found = suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)
         found.evidence["disagree_in_rest_of_class"] = {"count": self.rest[0], "n": self.rest[1]}
         found.evidence["parameters"] = tap.parameter_counts()
-        return found
+        return replace(found, witness=(tap, second_logits))

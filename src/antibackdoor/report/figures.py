@@ -7,6 +7,8 @@ from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
 
 from antibackdoor.report.run import Run, Suspects
 from antibackdoor.report.words import chart_text, name_of, number, percent, plain
@@ -15,7 +17,7 @@ Figure: TypeAlias = dict[str, Any]
 
 BINS = 60
 CLASSES = 25
-FLAGGED, REST = "#e0672f", "#7c93ad"
+FLAGGED, REST, MISSED, WRONGLY = "#e0672f", "#7c93ad", "#8b5cf6", "#e0b02f"
 LINES = ("#3b82c4", "#8b5cf6", "#2a9d8f", "#b7791f")
 INK, GRID = "#808791", "rgba(128, 135, 145, 0.25)"  # mid-tones: readable on white and on black
 
@@ -38,23 +40,78 @@ def charts(run: Run) -> list[Chart]:
     return [chart for chart in found if chart]
 
 
-def _scores(suspects: Suspects) -> Chart | None:
-    """Histogram of the suspicion score; one edge lies on the cut, so that no bar straddles it."""
-    score, cut, n = suspects.score, suspects.cut, len(suspects.score)
-    if not n:
+@dataclass(frozen=True)
+class Bins:
+    """The scores counted: edges, and for each group its name, its color and its counts."""
+
+    edges: npt.NDArray[np.float64]
+    groups: list[tuple[str, str, npt.NDArray[np.int64]]]
+
+
+def binned(suspects: Suspects) -> Bins | None:
+    """Flagged and other samples apart, and in experiments poisoned and clean ones as well.
+
+    One edge lies on the cut, so that no bar straddles it. None for an empty table.
+    """
+    score, cut, flagged, truth = suspects.score, suspects.cut, suspects.flagged, suspects.truth
+    if not len(score):
         return None
     low, high = float(score.min()), float(score.max())
     width = (high - low) / BINS or 1.0
     start = low if cut is None else cut
     edges = start + width * np.arange(np.floor((low - start) / width), np.ceil((high - start) / width) + 2)
-    middles = (edges[:-1] + edges[1:]) / 2
-    spans = [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]
+    if truth is None:
+        parts = [("not flagged", REST, ~flagged), ("flagged", FLAGGED, flagged)]
+    else:
+        parts = [
+            ("clean", REST, ~flagged & ~truth),
+            ("poisoned, missed", MISSED, ~flagged & truth),
+            ("clean, flagged", WRONGLY, flagged & ~truth),
+            ("poisoned, flagged", FLAGGED, flagged & truth),
+        ]
+    counted = [(name, color, np.histogram(score[mask], edges)[0]) for name, color, mask in parts]
+    return Bins(edges, [group for group in counted if group[2].any()])
+
+
+def sketch(suspects: Suspects) -> Markup:
+    """The histogram as bare shapes in a 300 x 150 box, the height of a bar by the logarithm of its count."""
+    bins = binned(suspects)
+    if bins is None:
+        return Markup("")
+    shapes, width = [], 300 / (len(bins.edges) - 1)
+    total = np.log1p(sum(counts for _, _, counts in bins.groups))
+    floor, scale = np.zeros(len(total)), 140 / total.max()
+    below = np.zeros(len(total), dtype=np.int64)
+    for _, color, counts in bins.groups:
+        below = below + counts
+        heights = np.log1p(below) * scale
+        shapes += [
+            Markup(f'<rect x="{place * width:.4g}" y="{150 - top:.4g}" width="{width * 0.9:.4g}" ')
+            + Markup(f'height="{top - bottom:.4g}" fill="{color}"/>')
+            for place, (bottom, top) in enumerate(zip(floor, heights, strict=True))
+            if top > bottom
+        ]
+        floor = heights
+    if suspects.cut is not None and (suspects.score >= suspects.cut).sum() < 1.2 * suspects.flagged.sum():
+        at = (suspects.cut - bins.edges[0]) / (bins.edges[-1] - bins.edges[0]) * 300
+        shapes.append(Markup(f'<path class="cut" d="M{at:.4g},0V150"/>'))
+    return Markup("").join(shapes)
+
+
+def _scores(suspects: Suspects) -> Chart | None:
+    """Histogram of the suspicion score."""
+    bins = binned(suspects)
+    if bins is None:
+        return None
+    score, cut, n = suspects.score, suspects.cut, len(suspects.score)
+    low, high = float(score.min()), float(score.max())
+    middles = (bins.edges[:-1] + bins.edges[1:]) / 2
+    width = float(bins.edges[1] - bins.edges[0])
+    spans = [f"{a:.4g} to {b:.4g}" for a, b in pairwise(bins.edges)]
     bars = []
-    for name, mask, color in (("not flagged", ~suspects.flagged, REST), ("flagged", suspects.flagged, FLAGGED)):
-        counts = np.histogram(score[mask], edges)[0].tolist()
-        if any(counts):
-            text = [f"score {span}<br>{count:,} {name}" for span, count in zip(spans, counts, strict=True)]
-            bars.append(_bar(x=_rounded(middles), y=counts, name=name, hovertext=text, color=color, width=width))
+    for name, color, counts in bins.groups:
+        text = [f"score {span}<br>{count:,} {name}" for span, count in zip(spans, counts, strict=True)]
+        bars.append(_bar(x=_rounded(middles), y=counts.tolist(), name=name, hovertext=text, color=color, width=width))
     figure = _figure(bars, "suspicion score", "samples")
     figure["layout"] |= {"barmode": "stack", "bargap": 0.0}
     figure["layout"]["yaxis"] |= {"type": "log", "dtick": 1}

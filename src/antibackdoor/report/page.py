@@ -15,10 +15,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[attr-defined]
 
 from antibackdoor.files import write_text
-from antibackdoor.report.figures import charts
+from antibackdoor.report.figures import charts, sketch
+from antibackdoor.report.looks import looks
 from antibackdoor.report.pictures import Picture, picture
-from antibackdoor.report.run import Run, read_run
-from antibackdoor.report.words import Measure, flat, measure, measures, name_of, number, percent, plain
+from antibackdoor.report.run import SHOWN, Run, Suspects, read_run
+from antibackdoor.report.words import Measure, flat, measure, measures, name_of, number, percent, plain, surety
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Card:
     row: dict[str, str]
     flagged: bool
     picture: Picture | None
+    truth: str = ""
 
 
 def build_report(folder: Path) -> Path:
@@ -47,6 +49,8 @@ def render(run: Run) -> str:
     """The page of a run."""
     suspects = run.suspects
     flagged, n = int(suspects.flagged.sum()), len(suspects.flagged)
+    confidence = number(run.verdict.get("confidence"))
+    cards, why = _cards(run)
     scripts = [_script(get_plotlyjs()), _script(_resource("charts.js"))]
     return (
         _environment()
@@ -54,18 +58,26 @@ def render(run: Run) -> str:
         .render(
             run=run,
             poisoned=run.verdict.get("poisoned") is True,
+            judged=confidence is None or confidence > 0,
+            confidence=confidence,
+            surety=None if confidence is None else surety(confidence),
             targets=[str(name) for name in _list(run.verdict.get("target_classes"))],
             evidence=[str(sentence) for sentence in _list(run.verdict.get("evidence"))],
             facts=_facts(run, flagged, n),
             flagged=flagged,
             n=n,
-            subject=_subject(run.config),
+            subject=_subject(run),
+            looks=looks(run.attention),
+            sketch=sketch(suspects),
+            truth=_truth(suspects),
             comparison=_comparison(run.comparison),
             charts=charts(run),
-            cards=_cards(run),
+            cards=cards,
+            why=why,
+            listed=suspects.first[len(cards) :],
             reference=[(label, picture(x)) for label, x in run.gallery.reference] if run.gallery else [],
             groups=measures(run.metrics),
-            tables=[("Settings", list(flat(run.config))), ("Environment", list(flat(run.env)))],
+            tables=[(name, list(flat(tree))) for name, tree in _records(run) if tree],
             plotly=scripts[0],
             script=scripts[1],
             allowed=Markup(" ".join(_fingerprint(text) for text in scripts)),
@@ -76,26 +88,54 @@ def render(run: Run) -> str:
 def _facts(run: Run, flagged: int, n: int) -> list[tuple[str, str, str]]:
     """The numbers beside the verdict: name, value, remark."""
     facts = []
-    confidence, rate = number(run.verdict.get("confidence")), number(run.verdict.get("estimated_rate"))
-    if confidence is not None:
-        facts.append(("Confidence", percent(confidence), "in this verdict"))
+    rate = number(run.verdict.get("estimated_rate"))
     if rate is not None and run.verdict.get("poisoned") is True:
         facts.append(("Estimated poison", percent(rate), "of the samples"))
     facts.append(("Flagged", f"{flagged:,}", f"of {n:,} samples"))
     if "clean_accuracy" in run.metrics:
-        accuracy = measure("clean_accuracy", run.metrics["clean_accuracy"])
-        facts.append((accuracy.name, accuracy.value, accuracy.counts))
+        facts.append(_fact("clean_accuracy", run))
+    if "attack_success_rate" in run.metrics:
+        facts.append(_fact("attack_success_rate", run))
     return facts
 
 
-def _cards(run: Run) -> list[Card]:
-    """The most suspicious samples; pictures are matched by id, so that none can stand beside a wrong name."""
+def _fact(key: str, run: Run) -> tuple[str, str, str]:
+    known = measure(key, run.metrics[key])
+    return known.name, known.value, known.counts
+
+
+def _cards(run: Run) -> tuple[list[Card], str]:
+    """The most suspicious samples, and the reason that all flagged ones share, if they do.
+
+    Pictures are matched by id, so that none can stand beside a wrong name.
+    """
     pictures = run.gallery.x if run.gallery else {}
-    rows = run.suspects.first[: len(pictures) or 24]
-    return [
-        Card(row, bool(flag), picture(pictures[row["id"]]) if row.get("id") in pictures else None)
+    rows = run.suspects.first[: min(len(pictures), SHOWN) or 24]
+    reasons = {row.get("reason", "") for row in rows} - {""}
+    shared = reasons.pop() if len(reasons) == 1 else ""
+    cards = [
+        Card(
+            {**row, "reason": ""} if shared else row,
+            bool(flag),
+            picture(pictures[row["id"]]) if row.get("id") in pictures else None,
+            run.suspects.roles.get(row.get("id", ""), ""),
+        )
         for row, flag in zip(rows, run.suspects.flagged, strict=False)
     ]
+    return cards, shared
+
+
+def _truth(suspects: Suspects) -> dict[str, int] | None:
+    """Experiments: how flags and truth meet, as counts."""
+    if suspects.truth is None:
+        return None
+    flagged, poisoned = suspects.flagged, suspects.truth
+    return {
+        "found": int((flagged & poisoned).sum()),
+        "missed": int((~flagged & poisoned).sum()),
+        "wrong": int((flagged & ~poisoned).sum()),
+        "spared": int((~flagged & ~poisoned).sum()),
+    }
 
 
 def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[Measure | None]]]]:
@@ -108,16 +148,22 @@ def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, 
     return [name_of(key) for key in keys], cells
 
 
-def _subject(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The few settings that say what was run."""
-    named = []
+def _subject(run: Run) -> list[tuple[str, str]]:
+    """The few settings that say what was run; the data by what the user called it, not by its fingerprint."""
+    named = [("data", run.data["name"])] if run.data.get("name") else []
     for key in ("data", "defense", "model", "seed"):
-        value = config.get(key)
+        value = run.config.get(key)
         if isinstance(value, dict):
             value = value.get("name") or value.get("path")
-        if value not in (None, ""):
+        if value not in (None, "") and (key != "data" or not named):
             named.append((key, str(value)))
     return named
+
+
+def _records(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """What is kept for the record, folded away."""
+    data = {key: value for key, value in run.data.items() if key != "samples_by_class"}
+    return [("Data", data), ("Settings", run.config), ("Environment", run.env)]
 
 
 def _list(value: Any) -> list[Any]:

@@ -22,12 +22,14 @@ WIDTH, HEIGHT = 300, 150
 class Picture:
     """Either an image (`src`, a data URI) or a series (`paths`, one SVG path a channel, in a 300 x 150 box).
 
-    Both are made of numbers alone, hence markup that needs no escaping and no bound on its length.
+    bands: SVG shapes that lie behind the lines. All are made of numbers alone, hence markup that needs no escaping and
+    no bound on its length.
     """
 
     src: Markup | None = None
     paths: tuple[Markup, ...] = ()
     note: str = ""
+    bands: Markup | None = None
 
 
 def picture(sample: Array) -> Picture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,19 +16,24 @@ from antibackdoor.files import from_csv_cell, read_json
 
 Array: TypeAlias = npt.NDArray[Any]
 
-SHOWN = 48
-"""Most samples a report shows one by one."""
+SHOWN, LISTED = 48, 300
+"""Most samples a report shows one by one, and most rows it lists behind them."""
 
 
 @dataclass(frozen=True)
 class Suspects:
-    """`suspects.csv`: three columns of every sample, and the whole rows of the first few."""
+    """`suspects.csv`: three columns of every sample, and the whole rows of the first few.
+
+    truth: whether each is poisoned, in experiments only; roles: the same by id for the first few.
+    """
 
     score: npt.NDArray[np.float64]
     flagged: npt.NDArray[np.bool_]
     label: npt.NDArray[np.int64]
     classes: list[str]
     first: list[dict[str, str]]
+    truth: npt.NDArray[np.bool_] | None = None
+    roles: dict[str, str] = field(default_factory=dict)
 
     @property
     def cut(self) -> float | None:
@@ -45,6 +50,19 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """`attention.npz`: where a network looks in suspects and in trusted samples, and what both look like on average."""
+
+    label: str
+    witness: str
+    n: int
+    suspects: Array
+    trusted: Array
+    suspects_mean: Array
+    trusted_mean: Array
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder in memory."""
 
@@ -57,6 +75,8 @@ class Run:
     env: dict[str, Any]
     comparison: list[dict[str, Any]]
     gallery: Gallery | None
+    data: dict[str, Any]
+    attention: Attention | None
     has_model: bool
 
 
@@ -68,13 +88,15 @@ def read_run(folder: Path) -> Run:
     return Run(
         name=folder.resolve().name,
         verdict=_object(folder / "verdict.json"),
-        suspects=_suspects(folder / "suspects.csv"),
+        suspects=_suspects(folder / "suspects.csv", folder / "truth.csv"),
         metrics=_object(folder / "metrics.json"),
         history=_history(folder / "history.jsonl"),
         config=_object(folder / "config.json"),
         env=_object(folder / "env.json"),
         comparison=[row for row in _object(folder / "comparison.json").get("rows", []) if isinstance(row, dict)],
         gallery=_gallery(folder / "gallery.npz"),
+        data=_object(folder / "data.json"),
+        attention=_attention(folder / "attention.npz"),
         has_model=(folder / "model.safetensors").is_file(),
     )
 
@@ -89,25 +111,40 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _suspects(path: Path) -> Suspects:
-    """Three columns only, so that millions of samples stay cheap."""
+def _suspects(path: Path, truth: Path) -> Suspects:
+    """Three columns only, so that millions of samples stay cheap; ids only where the truth has to be joined."""
     # A class may be called "NA" or "null": nothing but numbers is converted, and no word means "missing".
     options: dict[str, Any] = {"keep_default_na": False, "encoding_errors": "backslashreplace"}
     # Not "category": which values that converts to numbers or booleans depends on the version of pandas.
     dtype: dict[str, Any] = {"label": "str", "score": "float64", "flagged": "str"}
+    known = truth.is_file()
+    dtype |= {"id": "str"} if known else {}
     try:
         table = pd.read_csv(path, usecols=list(dtype), dtype=dtype, **options)
-        first = pd.read_csv(path, nrows=SHOWN, dtype=str, **options).to_dict("records")
+        first = pd.read_csv(path, nrows=LISTED, dtype=str, **options).to_dict("records")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
     labels = table["label"].map(from_csv_cell).astype("category")
+    poisoned = _poisoned(truth) if known else set()
+    roles = {row["id"]: "poisoned" if row["id"] in poisoned else "clean" for row in first} if known else {}
     return Suspects(
         score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
         flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
         label=labels.cat.codes.to_numpy(dtype=np.int64),
         classes=[str(name) for name in labels.cat.categories],
         first=[{str(key): from_csv_cell(str(value)) for key, value in row.items()} for row in first],
+        truth=table["id"].isin(poisoned).to_numpy(dtype=np.bool_) if known else None,
+        roles={from_csv_cell(name): role for name, role in roles.items()},
     )
+
+
+def _poisoned(path: Path) -> set[str]:
+    """Ids of the poisoned samples; samples that carry the trigger under their true label are not among them."""
+    try:
+        table = pd.read_csv(path, usecols=["id", "role"], dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    return set(table.loc[table["role"] == "poison", "id"])
 
 
 def _history(path: Path) -> list[dict[str, Any]]:
@@ -149,6 +186,21 @@ def _gallery(path: Path) -> Gallery | None:
         x={str(name): sample for name, sample in zip(ids, x, strict=False)},
         reference=list(zip(labels, reference, strict=False)),
     )
+
+
+def _attention(path: Path) -> Attention | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("suspects", "trusted", "suspects_mean", "trusted_mean")}
+            label, witness, n = str(file["label"]), str(file["witness"]), int(file["n"])
+        if len({array.shape[:2] for array in arrays.values()}) > 1 or arrays["suspects"].ndim != 2:
+            raise ValueError("the maps and the averages differ in shape")
+        finite = {name: np.nan_to_num(array.astype(np.float64)) for name, array in arrays.items()}
+    except Exception as error:  # a damaged archive surfaces as any of a dozen types
+        raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without the maps.") from None
+    return Attention(label, witness, n, **finite)
 
 
 def _cut(x: Array, lengths: Array | None) -> list[Array]:

@@ -75,6 +75,12 @@ def percent(value: float) -> str:
     return f"{shown.removesuffix('.0')}%"
 
 
+def surety(confidence: float) -> str:
+    """How sure a verdict is, as one would say it; the limits are ours and order runs, no more."""
+    limits = ((0.9, "very sure"), (0.75, "fairly sure"), (0.6, "not very sure"))
+    return next((words for limit, words in limits if confidence >= limit), "little more than a guess")
+
+
 def number(value: object) -> float | None:
     """The finite number in a JSON value, or None; true and false are no numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -1,4 +1,4 @@
-// Draws every chart from the JSON beside it. Colors of text and grid come from the style sheet.
+// Enlarges samples, and draws every chart from the JSON beside it. Colors of text and grid come from the style sheet.
 "use strict";
 const options = { responsive: true, displayModeBar: false };
 // Dragging zooms with a mouse (a double click resets); on a touch screen it has to scroll the page.
@@ -19,6 +19,28 @@ for (const button of document.querySelectorAll("[data-scale]")) {
       "yaxis.autorange": true,
     });
   });
+}
+// One sample at a time, in a dialog of the browser's own: it keeps the focus inside, and Escape closes it.
+const viewer = document.getElementById("viewer");
+const cards = [...document.querySelectorAll(".zoom")];
+let shown = 0;
+function enlarge(place) {
+  shown = (place + cards.length) % cards.length;
+  const card = cards[shown];
+  viewer.querySelector(".frame").replaceChildren(card.firstElementChild.cloneNode(true));
+  viewer.querySelector(".text").replaceChildren(...card.parentElement.querySelector(".text").cloneNode(true).children);
+  if (!viewer.open) viewer.showModal();
+}
+cards.forEach((card, place) => card.addEventListener("click", () => enlarge(place)));
+if (viewer) {
+  for (const button of viewer.querySelectorAll("[data-step]"))
+    button.addEventListener("click", () => enlarge(shown + Number(button.dataset.step)));
+  viewer.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") enlarge(shown - 1);
+    if (event.key === "ArrowRight") enlarge(shown + 1);
+  });
+  viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
+  viewer.addEventListener("close", () => cards[shown].focus());
 }
 // Paper cannot be unfolded, and charts that were drawn for a wide screen would run off it.
 addEventListener("beforeprint", () => {

@@ -1,0 +1,81 @@
+"""The trigger made visible: where the witness of a backdoor looks in suspects, against trusted samples of the class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from antibackdoor.data.core import Data
+from antibackdoor.defenses.base import Outcome
+from antibackdoor.training.objectives import forward
+from antibackdoor.training.occlusion import mean_sample, occlusion
+from antibackdoor.training.ranking import top
+
+SAMPLES, LARGE = 16, 3 * 64 * 64
+"""So many samples of each side are looked at, half of that where one has more than LARGE numbers."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Averages over the most suspicious samples of one class and over trusted ones of it; float32 arrays.
+
+    suspects, trusted: `(H, W)` or `(C, T)`, how much of the answer rests on each place (see `occlusion`).
+    suspects_mean, trusted_mean: `(H, W, C)` in [0, 1], or `(C, T)`: the average sample itself.
+    reference: row numbers of the trusted samples. witness: whose answer it is, "second head" or "model".
+    """
+
+    label: str
+    witness: str
+    n: int
+    suspects: np.ndarray
+    trusted: np.ndarray
+    suspects_mean: np.ndarray
+    trusted_mean: np.ndarray
+    reference: Tensor
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `attention.npz` holds."""
+        named = ("suspects", "trusted", "suspects_mean", "trusted_mean")
+        words = {"label": np.array(self.label), "witness": np.array(self.witness), "n": np.array(self.n)}
+        return {**{name: getattr(self, name).astype(np.float32) for name in named}, **words}
+
+
+def attention_of(data: Data, outcome: Outcome, fabric: Fabric) -> Attention | None:
+    """Compare the two groups; None where the method suspects nobody or the class has no other samples.
+
+    The class is the one that most flagged samples are labeled with; where nothing is flagged, that of the most
+    suspicious hundredth. Costs a few thousand evaluations of the witness, whatever the size of the set.
+    """
+    scores = outcome.scores
+    if not outcome.flagged.any() and float(scores.max() - scores.min()) == 0:
+        return None
+    y = data.y.cpu()
+    pool = outcome.flagged if outcome.flagged.any() else torch.zeros(len(y), dtype=torch.bool)
+    if not outcome.flagged.any():
+        pool[top(scores, max(1, round(0.01 * len(y))))] = True
+    label = int(y[pool].mode().values)
+    count = SAMPLES if math.prod(data.spec.shape) <= LARGE else SAMPLES // 2
+    found = (pool & (y == label)).nonzero().flatten()
+    found = found[top(scores[found], min(count, len(found)))]
+    rest = (~pool & (y == label)).nonzero().flatten()
+    # The less suspicious half, evenly: the very lowest scores belong to odd samples.
+    rest = rest[top(-scores[rest], (len(rest) + 1) // 2)]
+    rest = rest[torch.linspace(0, len(rest) - 1, min(count, len(rest))).long()]
+    if not len(rest):
+        return None
+    model, call = outcome.witness or (outcome.model, forward)
+    maps = [occlusion(model, data, rows, fabric, call=call).float().numpy() for rows in (found, rest)]
+    means = [_mean(data, rows, fabric) for rows in (found, rest)]
+    witness = "second head" if outcome.witness else "model"
+    return Attention(data.spec.classes[label], witness, len(found), maps[0], maps[1], means[0], means[1], rest)
+
+
+def _mean(data: Data, rows: Tensor, fabric: Fabric) -> np.ndarray:
+    """The average sample; of images with the channels last."""
+    mean = mean_sample(data, rows, fabric).cpu().numpy()
+    return mean.transpose(1, 2, 0) if data.spec.kind == "image" else mean
