@@ -233,10 +233,8 @@ class Scripted:
     def poll(self, timeout: float) -> list[Event]:
         time.sleep(self.seconds)
         task = self.running.pop(0)
-        kind = self.outcomes.get(task.name, []).pop(0) if self.outcomes.get(task.name) else "done"
-        return [
-            Event(task.name, "done", {"measures": {}}) if kind == "done" else Event(task.name, "lost", {"error": "x"})
-        ]
+        outcomes = self.outcomes.get(task.name)
+        return [Event(task.name, outcomes.pop(0) if outcomes else "done", {**past(task.cell, 1.0), "error": "x"})]
 
     def __enter__(self) -> Self:
         return self
