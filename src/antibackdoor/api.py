@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
@@ -83,7 +84,7 @@ class Result:
 
 
 def train(
-    data: Splits | Data | str | Path,
+    data: Splits | Data | str | Path | Dataset[Any],
     *,
     defense: str = "auto",
     options: dict[str, Any] | None = None,
@@ -99,7 +100,8 @@ def train(
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
-    data: a path or catalog name, a `Data`, or `Splits` whose test set (if any) is only used to measure accuracy.
+    data: a path or catalog name, a torch `Dataset`, a `Data`, or `Splits` whose test set (if any) is only used to
+    measure accuracy.
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
@@ -107,7 +109,7 @@ def train(
     """
     if isinstance(data, str | Path):
         data = replace(load(data), name=str(data))
-    splits = data if isinstance(data, Splits) else Splits(data)
+    splits = Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")

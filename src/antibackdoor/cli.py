@@ -50,12 +50,22 @@ class Group(TyperGroup):
             _fail(f"{where}{error.strerror or error}.", 2)
 
 
+def _examples(*lines: str) -> str:
+    """Lines for the end of a help text, one below the other."""
+    return "\n".join(("Examples:", *lines))
+
+
 app = typer.Typer(
     cls=Group,
     name="antibackdoor",
     help="Train a clean model on images or time series nobody vouches for, and name the samples that look poisoned.",
+    epilog=_examples(
+        "antibackdoor demo                      see it work; the data come along",
+        "antibackdoor train photos --out run    your own: a folder for each class",
+        "antibackdoor review run                go through the suspects, export",
+        "antibackdoor doctor                    what this machine has and lacks",
+    ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -128,8 +138,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, folder written by `poison`, or a name "
-        "that `list datasets` shows.",
+        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, .parquet, .arrow, WebDataset .tar, folder "
+        "written by `poison` or by Hugging Face's save_to_disk, or a name that `list datasets` shows.",
     ),
 ]
 Settings = Annotated[
@@ -151,6 +161,32 @@ UndecidedOption = Annotated[
     typer.Option("--undecided", help="Reviews: what becomes of flagged samples that nobody decided about."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs; progress is on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is run, and every epoch.")]
+
+
+def _configure(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> None:
+    """Take defaults from a file before the other options are read; see `settings`."""
+    if path is not None:
+        from antibackdoor.settings import read_settings
+
+        known = [p.name for p in ctx.command.params if p.name and p.name not in {"config", "settings", "help"}]
+        chosen, table = read_settings(path, known)
+        ctx.default_map = {**(ctx.default_map or {}), **chosen}
+        ctx.meta[CONFIG] = table
+
+
+CONFIG = "antibackdoor.set"
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        callback=_configure,
+        is_eager=True,
+        help="Options from a file, and hyper-parameters in its [set] table; what is typed goes before it.",
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -168,8 +204,17 @@ def _global(
     pass
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor train photos --out run",
+        "antibackdoor train photos --out run --epochs 30 --set isolation_rate=0.1",
+        "antibackdoor train sensors.npz --test held-out.npz --out run --json",
+        "antibackdoor train --config run.toml --seed 1 --out run-1",
+        "antibackdoor train photos --out run --resume    after an interruption",
+    )
+)
 def train(
+    ctx: typer.Context,
     data: Source,
     out: Out,
     test: Test = None,
@@ -184,7 +229,10 @@ def train(
     image_size: ImageSize = None,
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
-    memory_map: Annotated[bool, typer.Option("--memory-map", help="Read an .npz from disk as needed.")] = False,
+    memory_map: Annotated[
+        bool | None,
+        typer.Option(help="Read an .npz from disk as needed [default: where it would fill a quarter of the memory]."),
+    ] = None,
     data_root: DataRoot = None,
     truth: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
@@ -193,6 +241,9 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.")
     ] = None,
     undecided: UndecidedOption = Undecided.drop,
+    config: Config = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
@@ -201,7 +252,7 @@ def train(
     from antibackdoor.data.load import load
     from antibackdoor.progress import show
 
-    chosen = _settings(settings)
+    chosen = _settings(settings, ctx)
     splits = load(
         data,
         test=test,
@@ -217,7 +268,11 @@ def train(
         from antibackdoor.review.session import open_session
 
         splits = open_session(review, splits).cleaned(undecided.value)
-    with show(_console(stderr=True), quiet=quiet) as progress:
+    if verbose:
+        from antibackdoor.summary import print_plan
+
+        print_plan(_console(stderr=True), splits, defense, chosen, model)
+    with show(_console(stderr=True), quiet=quiet, every=verbose) as progress:
         result = run(
             splits,
             defense=defense,
@@ -232,13 +287,22 @@ def train(
             progress=progress,
             experiment=experiment,
         )
-    if not quiet:
+    if as_json:
+        from antibackdoor.summary import summary
+
+        _print_json(summary(result, out))
+    elif not quiet:
         from antibackdoor.summary import print_summary
 
         print_summary(_console(), result, out)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor predict run new-photos --out predictions.csv",
+        "antibackdoor predict run cat.png --out one.csv",
+    )
+)
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` wrote.")],
     data: Annotated[
@@ -271,8 +335,15 @@ def predict(
         typer.echo(f"{len(table):,} predictions in {out}{right}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor poison digits --attack badnets --rate 0.1 --target 0 --out poisoned",
+        "antibackdoor poison photos --attack blend --format folder --out poisoned",
+        "antibackdoor list attacks blend       its hyper-parameters",
+    )
+)
 def poison(
+    ctx: typer.Context,
     data: Source,
     attack: Annotated[str, typer.Option(help="See `list attacks`.")],
     out: Out,
@@ -290,6 +361,7 @@ def poison(
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
     data_root: DataRoot = None,
+    config: Config = None,
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
@@ -322,22 +394,43 @@ def poison(
         )
 
 
-@app.command("list")
+@app.command(
+    "list",
+    epilog=_examples(
+        "antibackdoor list                     everything",
+        "antibackdoor list defenses e2abl      one, with its hyper-parameters",
+        "antibackdoor list datasets --json",
+    ),
+)
 def list_(
     what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|models|datasets]")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show what there is; with a name, its options."""
-    import json
-
     from antibackdoor.listing import listing, print_listing
 
     found = listing(what.value if what else None, name)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         print_listing(_console(), found)
+
+
+@app.command()
+def doctor(
+    data_root: DataRoot = None, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
+) -> None:
+    """Tell versions, devices, threads, data and extras of this machine; status 1 if something is wrong."""
+    from antibackdoor.doctor import examine, print_examination
+
+    found = examine(data_root)
+    if as_json:
+        _print_json(found)
+    else:
+        print_examination(_console(), found)
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -348,7 +441,13 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     typer.echo(str(build_report(folder)))
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor review run",
+        "antibackdoor review run --export cleaned --format folder",
+        "antibackdoor train photos --review run --out clean-run",
+    )
+)
 def review(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` or `scan` wrote.")],
     data: Annotated[
@@ -395,7 +494,13 @@ def review(
         typer.echo(f"\nDecisions are in {folder / 'review.jsonl'}. Train on the cleaned set: {again}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "antibackdoor bench grid.toml --out results --plan    what is missing",
+        "antibackdoor bench grid.toml --out results           run it, or go on",
+        "antibackdoor bench --out results --table             only the tables",
+    )
+)
 def bench(
     grid: Annotated[Path | None, typer.Argument(metavar="GRID.toml", help="Which cells to run.")] = None,
     out: Annotated[
@@ -480,15 +585,21 @@ def demo(
             webbrowser.open(path.resolve().as_uri())
 
 
-def _settings(texts: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs; the values are parsed by the options they belong to."""
+def _settings(texts: list[str] | None, ctx: typer.Context | None = None) -> dict[str, Any]:
+    """NAME=VALUE pairs, those of a file of settings first; the values are parsed by the options they belong to."""
     chosen: dict[str, Any] = {}
-    for text in texts or []:
+    for text in [*(ctx.meta.get(CONFIG, []) if ctx else []), *(texts or [])]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise InputError(f"--set takes NAME=VALUE, got {text!r}.")
         chosen[name.strip()] = value.strip()
     return chosen
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
 
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -23,15 +23,18 @@ QUIET_SECONDS_CELLS = 60.0
 
 
 @contextmanager
-def show(console: Console, *, quiet: bool = False, title: str = "") -> Iterator[Progress]:
-    """A `Progress` for the training loop that is shown on `console`; `title` goes before the stage's name."""
+def show(console: Console, *, quiet: bool = False, title: str = "", every: bool = False) -> Iterator[Progress]:
+    """A `Progress` for the training loop that is shown on `console`; `title` goes before the stage's name.
+
+    every: tell each epoch, also where there is no terminal.
+    """
     from antibackdoor.training.loop import Progress
 
     if quiet:
         yield Progress()
         return
     if not console.is_terminal:
-        lines = _Lines(console, title)
+        lines = _Lines(console, title, 0.0 if every else QUIET_SECONDS)
         yield Progress(start=lines.start, epoch=lines.epoch)
         return
     columns = (
@@ -130,15 +133,15 @@ class _Live:
 class _Lines:
     """Plain lines for logs and pipes."""
 
-    def __init__(self, console: Console, title: str):
-        self.console, self.title, self.told = console, title, 0.0
+    def __init__(self, console: Console, title: str, pause: float):
+        self.console, self.title, self.pause, self.told = console, title, pause, 0.0
 
     def start(self, stage: str, epochs: int, steps: int) -> None:
         self.epochs, self.steps = epochs, steps
 
     def epoch(self, row: dict[str, Any]) -> None:
         last = row["epoch"] == self.epochs
-        if not last and time.monotonic() - self.told < QUIET_SECONDS:
+        if not last and time.monotonic() - self.told < self.pause:
             return
         self.told = time.monotonic()
         name = f"{self.title}: {row['stage']}" if self.title else str(row["stage"])

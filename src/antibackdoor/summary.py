@@ -9,8 +9,11 @@ import pandas as pd
 from rich.markup import escape
 
 from antibackdoor.api import Result
+from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load_samples
 from antibackdoor.data.series import Missing
+from antibackdoor.defenses import make_defense
+from antibackdoor.models import resolve
 from antibackdoor.report.words import percent, plain
 from antibackdoor.runs import load_model
 from antibackdoor.training.job import make_fabric
@@ -43,6 +46,36 @@ def print_summary(console: Console, result: Result, folder: Path) -> None:
         if key in result.metrics:
             console.print(f"{name}: {percent(result.metrics[key]['value'])}")
     console.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def summary(result: Result, folder: Path) -> dict[str, Any]:
+    """What `--json` prints: verdict, counts, measures, the first suspects, and where the files lie."""
+    flagged = result.suspects[result.suspects["flagged"]]
+    return {
+        **result.verdict.as_json(),
+        "samples": len(result.suspects),
+        "flagged": len(flagged),
+        "first_suspects": flagged["id"].head(20).tolist(),
+        "metrics": result.metrics,
+        "architecture": result.architecture,
+        "out": str(folder),
+        "report": str(folder / "report.html"),
+    }
+
+
+def print_plan(console: Console, splits: Splits, defense: str, settings: dict[str, Any], model: str) -> None:
+    """What is about to be run, with what "auto" stands for."""
+    data, test = splits.train, splits.test
+    held = "no test set" if test is None else f"{len(test):,} test samples"
+    shape, classes = " x ".join(map(str, data.spec.shape)), len(data.spec.classes)
+    console.print(
+        f"data: {escape(splits.name)}, {len(data):,} samples ({data.spec.kind}, {shape}, {classes} classes), {held}",
+        soft_wrap=True,
+    )
+    method = make_defense(defense, settings)
+    network = resolve(model, data.spec)
+    console.print(f"defense: {escape(repr(method))}", soft_wrap=True)
+    console.print(f"model: {escape(str(network))}", soft_wrap=True)
 
 
 def predict_table(

@@ -7,6 +7,8 @@ from torch import nn
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
 from antibackdoor.models import MODELS, create
+from antibackdoor.models.blocks import find_taps
+from antibackdoor.models.tap import Tap
 
 SPECS = {
     "image": Spec("image", (3, 8, 8), ("a", "b", "c")),
@@ -39,23 +41,34 @@ def test_gradient_reaches_every_parameter(case):
     assert silent == []
 
 
-def test_channels_and_classes_come_from_the_spec(case):
-    _, spec = case
-    for name, kind in CASES:
-        if kind == spec.kind:
-            other = Spec(spec.kind, (1, *spec.shape[1:]), tuple("abcde"))
-            assert create(name, other, width=4)(torch.rand(2, *other.shape)).shape == (2, 5)
+@pytest.mark.parametrize("at", ["the middle", "the first", "the last"])
+def test_a_tap_gives_both_heads_and_keeps_other_rows_out_of_the_deep_part(case, at):
+    model, spec = case
+    x = torch.rand(5, *spec.shape)
+    found = [c.name for c in find_taps(model, x)]
+    tap = Tap(model, {"the middle": None, "the first": found[0], "the last": found[-1]}[at], 3, x).train()
+    main, second = tap(x, main=torch.tensor([True, False, True, False, False]))
+    assert main.shape == (2, 3) and second.shape == (5, 3)
+    assert tap(x, main=torch.tensor([0]))[0].isfinite().all()  # a lone row, perhaps on a single position
+    (main.sum() + second.sum()).backward()
+    assert all(p.grad is not None for p in (*tap.main_parameters(), *tap.second_parameters()))
+    tap.eval()
+    torch.testing.assert_close(tap(x, main=torch.tensor([3, 1]))[0], model(x)[[3, 1]], rtol=1e-4, atol=1e-5)
 
 
-def test_weights_depend_on_the_seed_only(case):
-    _, spec = case
-    for entry in MODELS:
-        if spec.kind in entry.kinds:
-            torch.manual_seed(1)
-            first = create(entry.name, spec, width=4).state_dict()
-            torch.manual_seed(1)
-            second = create(entry.name, spec, width=4).state_dict()
-            assert all(torch.equal(first[key], second[key]) for key in first)
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_channels_and_classes_come_from_the_spec(name, kind):
+    other = Spec(kind, (1, *SPECS[kind].shape[1:]), tuple("abcde"))
+    assert create(name, other, width=4)(torch.rand(2, *other.shape)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_weights_depend_on_the_seed_only(name, kind):
+    torch.manual_seed(1)
+    first = create(name, SPECS[kind], width=4).state_dict()
+    torch.manual_seed(1)
+    second = create(name, SPECS[kind], width=4).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_no_strided_1x1_convolution_of_few_channels(case):

@@ -18,6 +18,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 
 LAYERS = [
     {"errors"},
+    {"settings"},
     {"files", "options", "registry", "seeds"},
     {"data"},
     {"models"},
@@ -31,7 +32,7 @@ LAYERS = [
     {"report"},
     {"runs"},
     {"api"},
-    {"estimator", "listing", "progress", "review", "scan", "summary"},
+    {"doctor", "estimator", "listing", "progress", "review", "scan", "summary"},
     {"demo"},
     {"cli"},
 ]

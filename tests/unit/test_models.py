@@ -1,10 +1,13 @@
 import pytest
 import torch
+import torchvision
 
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
 from antibackdoor.models import AUTO, create, resolve, set_normalization
 from antibackdoor.models.layers import ConvNorm, Normalize, start
+from tiny import train
+from toy import toy_images
 
 IMAGE = Spec("image", (3, 8, 8), ("a", "b"))
 SERIES = Spec("series", (2, 12), ("a", "b"))
@@ -21,6 +24,41 @@ def test_published_sizes():
         small = parameters(create("wideresnet16_1", image))
     assert sizes == {"resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842}
     assert small == 175_066
+
+
+CLASSIC = {
+    "vgg16": torchvision.models.vgg16_bn,
+    "inception_v3": lambda: torchvision.models.inception_v3(aux_logits=False, init_weights=False),
+    "mobilenetv2": torchvision.models.mobilenet_v2,
+    "densenet121": torchvision.models.densenet121,
+}
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_the_convolutions_are_those_of_torchvision(name):
+    spec = Spec("image", (3, 224, 224), tuple(map(str, range(1000))))
+    with torch.device("meta"):
+        ours, theirs = create(name, spec), CLASSIC[name]()
+    one, two = (sorted(p.shape for p in model.parameters() if p.dim() == 4) for model in (ours, theirs))
+    assert one == two
+    if name != "vgg16":  # whose two wide linear layers are left out, as the field does on small images
+        assert parameters(ours) == parameters(theirs)
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+@pytest.mark.parametrize(("side", "before"), [(32, 4), (64, 4), (128, 4)])
+def test_stems_suit_the_size_of_the_image(name, side, before):
+    model, sides = create(name, Spec("image", (3, side, side), ("a", "b")), width=2).eval(), []
+    model.get_submodule(model.stages[-1]).register_forward_hook(lambda module, args, out: sides.append(out.shape[2]))
+    assert model(torch.rand(1, 3, side, side)).isfinite().all()
+    assert sides == [side // 32 if name == "vgg16" else before]
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_e2abl_runs_on(name):
+    options = {"warm_up.epochs": 1, "warm_up.min_steps": 0, "main.epochs": 1, "main.min_steps": 0}
+    outcome, _ = train(toy_images(32), "e2abl", options, model=f"{name}-w4")
+    assert outcome.scores.isfinite().all()
 
 
 def test_width_by_suffix_or_option():

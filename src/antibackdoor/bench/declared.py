@@ -108,19 +108,30 @@ class Results:
 
     def of(self, place: Place) -> Record | None:
         """The record of a place's cell."""
-        return self.records.get(place.cell.name())
+        name = _name(place)
+        return None if name is None else self.records.get(name)
 
     def gate(self, place: Place) -> str:
         """Whether the attack of this place's cell takes without a defense, over all seeds there are."""
-        return gate(self._undefended.get(_attacked(place.cell.resolved()), []), place.cell.attack)
+        members = [] if _name(place) is None else self._undefended.get(_attacked(place.cell.resolved()), [])
+        return gate(members, place.cell.attack)
 
     def missing(self, place: Place, grid: Grid) -> str:
         """Why there is no record of a place."""
         if place.excluded:
             return place.excluded
-        if self.ledger.error(place.cell.name()) is not None:
+        name = _name(place)
+        if name is not None and self.ledger.error(name) is not None:
             return "failed"
         return NEEDS_GPU if grid.needs_gpu else NOT_RUN
+
+
+def _name(place: Place) -> str | None:
+    """The name of a place's cell; None for a method or setting that this version does not have: it was never run."""
+    try:
+        return place.cell.name()
+    except InputError:
+        return None
 
 
 def _attacked(cell: Mapping[str, Any]) -> str:
@@ -273,10 +284,11 @@ def wide(spec: Mapping[str, Any], figures: list[Figure]) -> pd.DataFrame:
     for figure in figures:
         row = rows.setdefault(figure.row, {**dict(zip(spec["rows"], map(str, figure.row), strict=True)),
                                            **dict.fromkeys(headings.values(), "")})  # fmt: skip
-        row[headings[figure.column, figure.measure]] = figure.text()
-        gates.setdefault(figure.row, {})[figure.gate] = None
+        short, _, reason = figure.text().partition("excluded: ")
+        row[headings[figure.column, figure.measure]] = "excluded" if reason else short
+        gates.setdefault(figure.row, {})[f"excluded: {reason}" if reason else figure.gate] = None
     for key, row in rows.items():
-        row["undefended"] = "; ".join(text for text in gates[key] if text)
+        row["undefended"] = "; ".join(text for text in gates[key] if text)  # with the reasons for what is left out
     return pd.DataFrame(list(rows.values()))
 
 

@@ -52,6 +52,7 @@ class Grid:
     profile: str
     places: list[Place]
     needs_gpu: bool = False
+    description: str = ""
     tables: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
 
@@ -103,7 +104,8 @@ def read_grid(path: Path, profile: str | None = None) -> Grid:
         own = {key: value for key, value in block.items() if key not in profiles}
         places += _block({**defaults, **own, **special}, rules, where)
     needs_gpu = bool(chosen.get("needs_gpu", False))
-    return Grid(path, profile, places, needs_gpu, grid.get("table", []), grid.get("figure", []))
+    description = str(chosen.get("description", ""))
+    return Grid(path, profile, places, needs_gpu, description, grid.get("table", []), grid.get("figure", []))
 
 
 def _known(table: Any, keys: Iterable[str], where: str) -> None:

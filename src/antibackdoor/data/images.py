@@ -236,7 +236,7 @@ def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
         except Exception:
             return None
 
-    counts = Counter(found for found in _in_threads(size, paths) if found)
+    counts = Counter(found for found in in_threads(size, paths) if found)
     width, height = max(counts, key=lambda found: (counts[found], found), default=(MAX_SIDE, MAX_SIDE))
     return min(width, MAX_SIDE), min(height, MAX_SIDE)
 
@@ -260,7 +260,7 @@ def _decode_all(listing: Listing, size: tuple[int, int]) -> tuple[Tensor, dict[i
             return str(error).split("<_io")[0].strip(" '") or type(error).__name__
         return None
 
-    reasons = _in_threads(decode, range(len(x)))
+    reasons = in_threads(decode, range(len(x)))
     return x, {row: f"{listing.ids[row]}: {reason}" for row, reason in enumerate(reasons) if reason}
 
 
@@ -283,7 +283,7 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
 
 
-def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Map in a thread pool (decoders release the interpreter lock), in order, with decoders' own warnings silenced."""
     with warnings.catch_warnings(), ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 2)) as pool:
         warnings.simplefilter("ignore")

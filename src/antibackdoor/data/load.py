@@ -5,42 +5,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from antibackdoor.data.arrays import load_npz, load_samples_npz
+from antibackdoor.data.arrow import EXTENSIONS as TABLES
+from antibackdoor.data.arrow import is_arrow_folder, load_arrow
 from antibackdoor.data.catalog import CATALOG, load_named
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
+from antibackdoor.data.mapped import fills_memory
+from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
+from antibackdoor.data.shards import EXTENSION as SHARD
+from antibackdoor.data.shards import is_shard_folder, load_shards
 from antibackdoor.errors import InputError, unknown
 
 
 def load(
-    source: str | Path,
+    source: str | Path | Dataset[Any],
     *,
-    test: str | Path | None = None,
+    test: str | Path | Dataset[Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
     missing: Missing = "refuse",
     skip_unreadable: bool = False,
-    memory_map: bool = False,
+    memory_map: bool | None = None,
     data_root: Path | None = None,
 ) -> Splits:
     """Read a data set: a path goes before a name of the catalog.
 
     source: a folder of class folders (or with `train` and `test` folders of them), a CSV manifest (path,label[,split]),
-        an `.npz`, a `.ts`, `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, a folder that
-        `antibackdoor poison` wrote, or a name of the catalog.
+        an `.npz`, a `.ts`, `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, a parquet or arrow file
+        or a folder of them or of Hugging Face's `save_to_disk`, WebDataset `.tar` shards, a folder that
+        `antibackdoor poison` wrote, a name of the catalog, or a torch `Dataset`.
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
-    memory_map: read an `.npz` from disk as needed. data_root: where NAME.npz files of the catalog lie.
+    memory_map: read an `.npz` from disk as needed; None: where it would fill a quarter of the memory.
+    data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
+    if not isinstance(source, str | Path):
+        if isinstance(test, str | Path):
+            raise InputError("the test set of a torch Dataset must be a Dataset too.")
+        return load_dataset(source, test=test, image_size=image_size, missing=missing)
+    if test is not None and not isinstance(test, str | Path):
+        raise InputError("a torch Dataset as test set goes with a Dataset as training set only.")
     splits = _load(source, test, image_size, missing, skip_unreadable, memory_map, data_root)
     told = {
         "source": _place(source),
@@ -65,7 +81,7 @@ def _load(
     image_size: int | tuple[int, int] | None,
     missing: Missing,
     skip_unreadable: bool,
-    memory_map: bool,
+    memory_map: bool | None,
     data_root: Path | None,
 ) -> Splits:
     path = _inside(Path(source))
@@ -73,7 +89,7 @@ def _load(
     if missing not in ("refuse", "interpolate", "zero"):
         raise unknown("choice for missing values", missing, ("refuse", "interpolate", "zero"))
     if not path.exists():
-        return _load_named(str(source), held, image_size, missing, memory_map, data_root)
+        return _load_named(str(source), held, image_size, missing, bool(memory_map), data_root)
     if held is not None and not held.exists():
         raise InputError(f"the test set {held} does not exist.")
     kind = _kind(path)
@@ -83,10 +99,14 @@ def _load(
         raise InputError(f"{path} is read as {kind}, which cannot be memory-mapped; only .npz files can.")
     if kind == "npz":
         _refuse_size(path, image_size)
-        return load_npz(path, test=held, missing=missing, memory_map=memory_map)
+        mapped = fills_memory(path) if memory_map is None else memory_map
+        return load_npz(path, test=held, missing=missing, memory_map=mapped)
     if kind == "series":
         _refuse_size(path, image_size)
         return load_series(path, test=held, missing=missing)
+    if kind in ("arrow", "shards"):
+        stream = load_arrow if kind == "arrow" else load_shards
+        return stream(path, test=held, image_size=image_size, missing=missing, skip=skip_unreadable)
     reader = load_manifest if kind == "manifest" else load_folder
     return reader(path, test=held, image_size=image_size, skip_unreadable=skip_unreadable)
 
@@ -115,7 +135,7 @@ def load_samples(
     if path.is_file() and path.suffix.lower() == ".npz":
         data, labeled = load_samples_npz(path, missing)
     else:
-        files = path.exists() and _kind(path) in {"images", "manifest"}
+        files = path.exists() and _kind(path) in {"images", "manifest", "arrow", "shards"}
         splits = load(
             path if path.exists() else source,
             image_size=(width, height) if files and spec.kind == "image" else None,
@@ -175,17 +195,16 @@ def _load_named(
 def _kind(path: Path) -> str:
     """How a path is read, by its ending; folders by what they hold."""
     if path.is_dir():
-        return (
-            "series" if any(next(path.glob(f"*_{s}{e}"), None) for e in SERIES for s in ("TRAIN", "TEST")) else "images"
-        )
-    ending = path.suffix.lower()
-    if ending in SERIES:
-        return "series"
-    if ending in (".npz", ".csv"):
-        return "npz" if ending == ".npz" else "manifest"
+        if any(next(path.glob(f"*_{s}{e}"), None) for e in SERIES for s in ("TRAIN", "TEST")):
+            return "series"
+        return "arrow" if is_arrow_folder(path) else "shards" if is_shard_folder(path) else "images"
+    endings = {**dict.fromkeys(SERIES, "series"), **dict.fromkeys(TABLES, "arrow")}
+    endings |= {".npz": "npz", ".csv": "manifest", SHARD: "shards"}
+    if path.suffix.lower() in endings:
+        return endings[path.suffix.lower()]
     raise InputError(
         f"{path} is in no format that can be read: give a folder of class folders, "
-        "or a file that ends in .csv, .npz, .ts, .tsv or .arff."
+        "or a file that ends in .csv, .npz, .ts, .tsv, .arff, .parquet, .arrow or .tar."
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
+from antibackdoor.models import classic
 from antibackdoor.models.layers import Normalize
 from antibackdoor.models.resnet import ResNet
 from antibackdoor.models.wideresnet import WideResNet
@@ -54,6 +55,15 @@ def resnet50(spec: Spec, width: int = 64) -> nn.Module:
 def wideresnet16_1(spec: Spec, width: int = 16) -> nn.Module:
     """WideResNet-16-1, 0.2 M parameters; for small images."""
     return WideResNet(spec, width=width)
+
+
+for _name, _make, _paper in (
+    ("vgg16", classic.vgg16, "Simonyan and Zisserman 2015, Very deep convolutional networks"),
+    ("inception_v3", classic.inception_v3, "Szegedy et al. 2016, Rethinking the Inception architecture"),
+    ("mobilenetv2", classic.mobilenetv2, "Sandler et al. 2018, MobileNetV2"),
+    ("densenet121", classic.densenet121, "Huang et al. 2017, Densely connected convolutional networks"),
+):
+    MODELS.register(_name, paper=_paper, kinds=("image",))(_make)
 
 
 def resolve(name: str, spec: Spec) -> str:

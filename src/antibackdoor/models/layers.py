@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 State = tuple[Tensor, Tensor | None]
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
-NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 
 def start(x: Tensor, lengths: Tensor | None) -> State:
@@ -60,6 +59,28 @@ class Normalize(nn.Module):
         return blank((h - self.mean) / self.std, mask), mask
 
 
+class _Lone(nn.modules.batchnorm._BatchNorm):
+    """One value a channel (a lone row on a 1 x 1 map) has no variance: PyTorch would raise in the middle of a run."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Such a row is normalized by the running statistics, everything else as usual."""
+        if input.numel() > input.shape[1]:
+            return super().forward(input)
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        return nn.functional.batch_norm(input, *statistics, eps=self.eps)
+
+
+class Norm1d(_Lone, nn.BatchNorm1d):
+    """Batch norm of (n, C) or (n, C, T) that takes lone rows."""
+
+
+class Norm2d(_Lone, nn.BatchNorm2d):
+    """Batch norm of (n, C, H, W) that takes lone rows."""
+
+
+NORM = {1: Norm1d, 2: Norm2d}
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm and, where asked, ReLU; "same" padding, so kernels are odd."""
 
@@ -85,20 +106,12 @@ class ConvNorm(nn.Module):
 
     def _normalize(self, h: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or not self.norm.training:
-            return blank(self._batch_norm(h), mask)
+            return blank(self.norm(h), mask)
         # Batch statistics must not count padding: normalize the positions that hold data as one long list.
         h, valid = h.transpose(1, 2), mask.squeeze(1)
         out = torch.zeros_like(h)
-        out[valid] = self._batch_norm(h[valid])
+        out[valid] = self.norm(h[valid])
         return out.transpose(1, 2)
-
-    def _batch_norm(self, h: Tensor) -> Tensor:
-        norm = self.norm
-        # One value a channel (a lone row on a 1 x 1 map) has no variance: PyTorch would raise in the middle of a run.
-        lone = h.numel() <= h.shape[1]
-        statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        out: Tensor = nn.functional.batch_norm(h, *statistics, eps=norm.eps) if lone else norm(h)
-        return out
 
 
 def he_init(module: nn.Module) -> None:

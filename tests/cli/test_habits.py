@@ -1,0 +1,135 @@
+"""What people expect of any command: help that teaches, files of settings, JSON, plain text in pipes, hints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antibackdoor import load
+from antibackdoor.data import mapped
+from antibackdoor.data.mapped import fills_memory
+from toy_files import TINY, UNDEFENDED, Run
+
+COMMANDS = ("train", "predict", "poison", "list", "review", "bench")
+SHELL = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(run: Run, command: str) -> None:
+    told = run(command, "--help").output
+    examples = told[told.index("Examples:") :]
+    assert len(re.findall(rf"antibackdoor {command} ", examples)) >= 2 or command == "predict"
+
+
+def test_every_example_names_options_that_exist(run: Run) -> None:
+    for command in COMMANDS:
+        told = run(command, "--help").output
+        head, _, examples = told.partition("Examples:")
+        used = {word for line in examples.splitlines() if f"antibackdoor {command}" in line for word in line.split()}
+        assert {word for word in used if word.startswith("--")} <= set(re.findall(r"--[\w-]+", head))
+
+
+def test_a_mistyped_option_is_recognized(run: Run, tmp_path: Path) -> None:
+    assert "--epochs" in run("train", "x", "--out", tmp_path / "r", "--epcohs", "3", status=2).output
+
+
+CONFIG = """
+data = "{data}"
+model = "resnet18-w8"
+epochs = 1
+device = "cpu"
+defense = "none"
+seed = 5
+skip-unreadable = true
+[set]
+recipe.min_steps = 0
+recipe.learning_rate = 0.01
+"""
+
+
+def test_a_file_of_settings_and_what_is_typed_over_it(run: Run, images: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "run.toml", tmp_path / "run"
+    file.write_text(CONFIG.format(data=images))
+    words = ("--config", file, "--seed", "3", "--set", "recipe.learning_rate=0.02", "--quiet")
+    run("train", *words, "--out", out)
+    kept = json.loads((out / "config.json").read_text())
+    assert (kept["seed"], kept["epochs"], kept["defense"]["name"]) == (3, 1, "none")
+    recipe = kept["defense"]["options"]["recipe"]
+    assert (recipe["learning_rate"], recipe["min_steps"]) == (0.02, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("epcohs = 3", "did you mean 'epochs'"),
+        ("epochs =", "cannot read the settings"),
+        ("set = 3", "must be a table"),
+        ("epochs = {a = 1}", "takes a value"),
+        ("[set]\nmain.epcohs = 3", "did you mean 'epochs'"),
+    ],
+)
+def test_a_wrong_file_of_settings(run: Run, images: Path, tmp_path: Path, text: str, hint: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    told = run("train", images, "--config", file, "--out", tmp_path / "run", status=2).output
+    assert hint in " ".join(told.split()) and not (tmp_path / "run").exists()
+    missing = run("train", images, "--config", tmp_path / "no.toml", "--out", tmp_path / "run", status=2).output
+    assert "cannot read the settings" in missing
+
+
+def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
+    result = run("train", images, "--out", tmp_path / "run", *TINY, *UNDEFENDED, "--json", "--verbose")
+    told = json.loads(result.stdout)
+    assert told["samples"] == 60 and told["poisoned"] is False and told["architecture"] == "resnet18-w8"
+    assert Path(told["report"]).is_file() and told["metrics"]["clean_accuracy"]["n"] == 15
+    assert "60 samples (image, 3 x 16 x 16, 3 classes)" in " ".join(result.stderr.split())
+    assert result.stderr.count("epoch ") == 2, "verbose tells every epoch"
+
+
+def test_no_colors_in_a_pipe(run: Run) -> None:
+    code = "from antibackdoor.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, env=SHELL, check=True)
+    assert b"Examples:" in done.stdout and b"\x1b" not in done.stdout + done.stderr
+    assert "\x1b" not in run("list", "attacks").output
+
+
+def test_the_doctor(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANTIBACKDOOR_DATA", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    found = json.loads(run("doctor", "--json").output)
+    assert found["problems"] == [] and found["versions"]["torch"] and found["devices"]["a training step"]
+    assert found["data"]["embedded"] == ["digits", "japanese_vowels"]
+    np.savez(tmp_path / "cifar10.npz", x=np.zeros(1))
+    monkeypatch.setenv("ANTIBACKDOOR_DATA", str(tmp_path))
+    assert json.loads(run("doctor", "--json").output)["data"]["in root"] == ["cifar10"]
+    told = run("doctor", "--data-root", tmp_path / "gone", status=1).output
+    assert "is no folder" in " ".join(told.split()) and "No problem" not in told
+
+
+def test_completion_is_offered() -> None:
+    code = "from antibackdoor.cli import main; main()"
+    asked = {**SHELL, "COMP_WORDS": "antibackdoor tr", "COMP_CWORD": "1", "_ANTIBACKDOOR_COMPLETE": "complete_bash"}
+    script = "import sys; sys.argv[0] = 'antibackdoor'; " + code
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=asked, check=False)
+    assert done.stdout.split() == ["train"]
+
+
+def test_a_large_file_is_mapped_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, x=np.zeros((8, 8, 8, 3), np.uint8), y=np.arange(8) % 2)
+    assert not fills_memory(path) and fills_memory(path, share=1e-12)
+    assert not fills_memory(tmp_path / "none.npz")
+    load(path)
+    assert not (tmp_path / ".set.npz.cache").exists()
+    monkeypatch.setattr("antibackdoor.data.load.fills_memory", lambda path: mapped.fills_memory(path, 1e-12))
+    data = load(path)
+    assert (tmp_path / ".set.npz.cache").exists() and data.train.fingerprint() == load(
+        path, memory_map=False
+    ).train.fingerprint()
