@@ -544,7 +544,11 @@ def bench(
     cells, ledger, broken = [] if read is None else read.cells(), Ledger(out), []
     if plan and read is not None:
         names = [name for cell in cells if (name := cell.name()) in ledger]
-        typer.echo(plan_text(cells, read.excluded(), names, Estimates(out, device), workers or cores()))
+        typer.echo(
+            plan_text(
+                cells, read.excluded(), names, Estimates(out, device), max(1, cores() if workers is None else workers)
+            )
+        )
         return
     if not table:
         chosen = make_engine(engine.value, workers=workers, address=address, cpus=cpus, gpus=gpus)

@@ -7,7 +7,7 @@ import json
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -61,7 +61,7 @@ class Cell:
     model: str = "auto"
     epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
     batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
-    trace: Annotated[bool | None, Field(description="also measure the model after every epoch")] = None
+    trace: Annotated[Literal[True] | None, Field(description="also measure the model after every epoch")] = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def run_cell(
         "scale": {"train": len(data), "train_full": len(full.train), "test": len(splits.test)},
         "measures": measures,
         "verdict_evidence": outcome.evidence,
-        "cost": {**cost, "wall_seconds": round(time.perf_counter() - started, 1)},
+        "cost": {**cost, "wall_seconds": round(time.perf_counter() - started, 3)},
         "history_digest": digest(job.history),
         "history": job.history,
     }

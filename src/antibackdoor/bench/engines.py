@@ -269,12 +269,8 @@ class RayCluster:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except ConnectionError:
             raise InputError(f"no Ray cluster answers at {address!r}; start one with `ray start --head`.") from None
-        threads = str(max(1, int(cpus)))
-        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
         # Ray's own retries are off: what is lost is told, and the driver gives it out again, as for every engine.
-        self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0, runtime_env={"env_vars": env})(
-            _work_remotely
-        )
+        self.remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_work_remotely)
         self.running: dict[Any, str] = {}
 
     def ready(self, task: Task) -> bool:
@@ -287,7 +283,7 @@ class RayCluster:
 
     def submit(self, task: Task) -> None:
         """Queue it on the cluster."""
-        self.running[self.remote.remote(task.text())] = task.name
+        self.running[self.remote.remote(task.text(), max(1, int(self.cpus)))] = task.name
 
     def poll(self, timeout: float) -> list[Event]:
         """Outcomes; epochs are not told."""
@@ -326,5 +322,6 @@ def make_engine(
     return Here() if workers == 0 else Local(workers, gpus=torch.cuda.device_count())
 
 
-def _work_remotely(text: str) -> str:
+def _work_remotely(text: str, threads: int) -> str:
+    torch.set_num_threads(threads)
     return json.dumps(asdict(work(Task.read(text), lambda event: None)))
