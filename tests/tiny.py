@@ -17,6 +17,11 @@ from antibackdoor.training.loop import Progress, Recipe
 FABRIC = make_fabric("cpu", "32-true")
 
 
+def clean_for(data: Data, defense: str) -> dict[str, Data]:
+    """What a defense is given beside the data, where it needs it: here the untrusted set's own first samples."""
+    return {"clean": data.take(torch.arange(20))} if "clean" in make_defense(defense).needs else {}
+
+
 def short(defense: str, epochs: int = 5) -> dict[str, Any]:
     """Settings that give every stage of a defense this many epochs and no floor of steps."""
     method = make_defense(defense)
@@ -33,9 +38,11 @@ def train(
     folder: Path | None = None,
     progress: Progress | None = None,
     model: str | nn.Module = "resnet18-w8",
+    extras: dict[str, Data] | None = None,
 ) -> tuple[Outcome, Job]:
     """What a defense makes of the data; a checkpoint after every epoch where there is a folder."""
-    job = Job(data, model=model, seed=seed, fabric=FABRIC, folder=folder, progress=progress)
+    extras = clean_for(data, defense) if extras is None else extras
+    job = Job(data, model=model, seed=seed, fabric=FABRIC, folder=folder, progress=progress, extras=extras)
     job.checkpoint_seconds = -1.0
     return make_defense(defense, short(defense) if options is None else options).run(job), job
 

@@ -18,7 +18,7 @@ from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, dete
 from antibackdoor.data.core import Data, Spec, Splits, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.data.truth import truth_table
-from antibackdoor.defenses import AUTO, Outcome, make_defense
+from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import write_csv, write_json
@@ -97,6 +97,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     experiment: Experiment | None = None,
+    clean: Splits | Data | str | Path | Dataset[Any] | None = None,
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
@@ -105,19 +106,20 @@ def train(
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
-    experiment: known truth, for measuring only. Raises InputError for bad input.
+    experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
+    them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
-    if isinstance(data, str | Path):
-        data = replace(load(data), name=str(data))
-    splits = Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
+    splits = _splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     method = make_defense(defense, options)
-    if method.needs:
-        raise InputError(f"defense {defense!r} needs more than the untrusted data: {', '.join(sorted(method.needs))}.")
+    extras = {} if clean is None else {"clean": _splits(clean).train}
+    check_given(defense, method, extras)
+    if extras:
+        _check_clean(extras["clean"], splits.train)
     if isinstance(model, str):
         create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
     fabric = make_fabric(device, precision)
@@ -130,12 +132,22 @@ def train(
             "model": model if isinstance(model, str) else type(model).__name__,
             "epochs": epochs,
             "seed": seed,
+            **{name: given.fingerprint() for name, given in extras.items()},
         }
         open_folder(folder, config, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
         if experiment is not None:
             write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
-    job = Job(splits.train, model=model, seed=seed, fabric=fabric, folder=folder, progress=progress, epochs=epochs)
+    job = Job(
+        splits.train,
+        model=model,
+        seed=seed,
+        fabric=fabric,
+        folder=folder,
+        progress=progress,
+        extras=extras,
+        epochs=epochs,
+    )
     outcome = method.run(job)
     job.write_history()
     result = Result(
@@ -153,6 +165,26 @@ def train(
     if folder is not None:
         result.save(folder)
     return result
+
+
+def _splits(data: Splits | Data | str | Path | Dataset[Any]) -> Splits:
+    """Whatever a user names as data."""
+    if isinstance(data, str | Path):
+        return replace(load(data), name=str(data))
+    return Splits(data) if isinstance(data, Data) else data if isinstance(data, Splits) else load(data)
+
+
+def _check_clean(clean: Data, untrusted: Data) -> None:
+    """Clean samples must be of the same shape and name the same classes as the untrusted ones."""
+    if len(clean) == 0:
+        raise InputError("the clean set holds no samples.")
+    if (clean.spec.kind, clean.spec.shape) != (untrusted.spec.kind, untrusted.spec.shape):
+        raise InputError(
+            f"the clean samples have shape {clean.spec.shape} but the untrusted ones {untrusted.spec.shape}; "
+            "give both in one shape."
+        )
+    if clean.spec.classes != untrusted.spec.classes:
+        raise InputError("the clean set and the untrusted set do not name the same classes in the same order.")
 
 
 def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:

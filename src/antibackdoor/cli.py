@@ -234,6 +234,9 @@ def train(
         typer.Option(help="Read an .npz from disk as needed [default: where it would fill a quarter of the memory]."),
     ] = None,
     data_root: DataRoot = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A few samples known to be clean, for defenses that need them.")
+    ] = None,
     truth: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
     ] = None,
@@ -264,6 +267,9 @@ def train(
     )
     splits = replace(splits, name=data)
     experiment = read_experiment(truth, splits) if truth else None
+    trusted = clean and load(
+        clean, image_size=image_size, missing=missing.value, skip_unreadable=skip_unreadable, data_root=data_root
+    )
     if review is not None:
         from antibackdoor.review.session import open_session
 
@@ -286,6 +292,7 @@ def train(
             resume=resume,
             progress=progress,
             experiment=experiment,
+            clean=trusted or None,
         )
     if as_json:
         from antibackdoor.summary import summary

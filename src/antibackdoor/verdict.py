@@ -25,6 +25,12 @@ class Verdict:
         return asdict(self)
 
 
+NO_VERDICT = (
+    "This defense gives no verdict: it treats a fixed share of the samples as poison, or repairs its model, whether or "
+    "not the data is poisoned."
+)
+
+
 def decide(data: Data, outcome: Outcome) -> Verdict:
     """Weigh the outcome's evidence; a method that gathers none (no defense) finds nothing and says so."""
     evidence = outcome.evidence
@@ -32,6 +38,8 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
         return Verdict(
             False, 0.0, evidence=["This method looks for no poison; train with a defense to have the data judged."]
         )
+    if "backdoor_class" not in evidence:
+        return Verdict(False, 0.0, evidence=[NO_VERDICT])
     if evidence["backdoor_class"] < 0:
         return Verdict(False, 0.0, evidence=["No class was singled out, so nothing was judged."])
     name = data.spec.classes[evidence["backdoor_class"]]

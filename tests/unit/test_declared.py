@@ -14,7 +14,9 @@ from antibackdoor.errors import InputError
 from antibackdoor.report.svg import chart
 
 GRIDS = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.toml"))
-PAPERS = [path for path in GRIDS if path.name.startswith(("e2abl", "dlp"))]
+PAPERS = [
+    path for path in GRIDS if path.name.startswith(("e2abl-", "dlp-table", "dlp-figure")) and "gpu" not in path.stem
+]
 AWAITED = {"fine_pruning", "nad", "abl", "mcr", "anp", "dlp", "trojannn", "dynamic", "label_consistent", "latent",
            "composite", "dfst", "timetrojan_fgsm", "timetrojan_de", "tsba",
            "vgg16-w8", "inception_v3-w8", "mobilenetv2-w8", "densenet121-w8"}  # fmt: skip

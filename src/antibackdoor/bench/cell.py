@@ -27,7 +27,7 @@ from antibackdoor.bench.machine import peak_memory, reset_peak_memory
 from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
-from antibackdoor.defenses import make_defense
+from antibackdoor.defenses import check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError
 from antibackdoor.options import build, options, values
@@ -37,6 +37,8 @@ from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
 
 GATES = {"composite": 0.85, "timetrojan_fgsm": 0.70}
+CLEAN_SHARE = 0.05
+"""What a defense that needs clean samples gets of the training set; the share of all papers that compare such."""
 GATE = 0.95
 """Undefended attack success rate under which an attack "did not take"; it depends on the attack only."""
 
@@ -61,6 +63,10 @@ class Cell:
     model: str = "auto"
     epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
     batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
+    clean_share: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description=f"of training set, for defenses that need clean samples; {CLEAN_SHARE}"),
+    ] = None
     trace: Annotated[Literal[True] | None, Field(description="also measure the model after every epoch")] = None
     seed: int = 0
 
@@ -72,9 +78,12 @@ class Cell:
         attack = (
             {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
         )
-        defense = values(make_defense(self.defense, self.defense_options))
+        method = make_defense(self.defense, self.defense_options)
+        defense = values(method)
         changes = dict(self.defense_options)
-        own = {name: value for name, value in values(self).items() if value is not None}
+        own = {name: value for name, value in values(self).items() if value is not None and name != "clean_share"}
+        if "clean" in method.needs:
+            own["clean_share"] = self.clean_share or CLEAN_SHARE
         return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}
 
     def name(self) -> str:
@@ -89,6 +98,22 @@ def subset(data: Data, size: int | None) -> Data:
     if size is None or size >= len(data):
         return data
     return data.take(torch.randperm(len(data), generator=generator(0, "subset"))[:size].sort().values)
+
+
+def carve(data: Data, share: float, seed: int) -> tuple[Data, Data]:
+    """(the rest, a clean part): `share` of every class, at least one sample of those that have two.
+
+    Drawn before anything is poisoned and gone from what is; the test set stays out of it.
+    """
+    y, rng = data.y.cpu(), generator(seed, "clean")
+    chosen = torch.zeros(len(data), dtype=torch.bool)
+    for k in y.unique().tolist():
+        rows = (y == k).nonzero().flatten()
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        chosen[rows[torch.randperm(len(rows), generator=rng)[:count]]] = True
+    if not chosen.any():
+        raise InputError(f"no class of the {len(data)} training samples has two, so none can be set aside as clean.")
+    return data.take((~chosen).nonzero().flatten()), data.take(chosen.nonzero().flatten())
 
 
 def run_cell(
@@ -107,7 +132,11 @@ def run_cell(
     started = time.perf_counter()
     reset_peak_memory()
     full = _load(cell.data)
-    splits = Splits(subset(full.train, cell.train_size), full.test)
+    defense, train, extras = make_defense(cell.defense, cell.defense_options), subset(full.train, cell.train_size), {}
+    if "clean" in defense.needs:
+        train, extras["clean"] = carve(train, cell.clean_share or CLEAN_SHARE, cell.seed)
+    check_given(cell.defense, defense, extras)
+    splits = Splits(train, full.test)
     if splits.test is None:
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
     fabric, experiment, data = make_fabric(device), None, splits.train
@@ -130,12 +159,12 @@ def run_cell(
         fabric=fabric,
         folder=folder,
         progress=progress,
+        extras=extras,
         epochs=cell.epochs,
         batch_size=cell.batch_size,
         watch=trace_of(data, splits.test, experiment, fabric) if cell.trace else None,
     )
     job.checkpoint_seconds = CHECKPOINT_SECONDS
-    defense = make_defense(cell.defense, cell.defense_options)
     outcome = defense.run(job)
     cost = {
         "seconds": round(sum(row["seconds"] for row in job.history), 1),  # of all stages, also when it was resumed

@@ -22,7 +22,7 @@ LISTS = {
     "seeds": "seed",
 }
 """Keys of a block that hold lists, and the axis that each fills."""
-SINGLE = ("train_size", "epochs", "batch_size", "trace", "attack_options", "defense_options")
+SINGLE = ("train_size", "epochs", "batch_size", "clean_share", "trace", "attack_options", "defense_options")
 """Keys of a block that hold one value for all its cells."""
 ENTRY = ("name", "label", "options", "published", "x")
 """Keys of an entry of a list that is more than a name."""
@@ -69,8 +69,9 @@ def read_grid(path: Path, profile: str | None = None) -> Grid:
     """Read a grid file under one of its profiles (the first, where none is named).
 
     `[[cells]]`: the lists `data`, `models`, `attacks`, `rates`, `defenses`, `seeds`; an entry is a name or a table with
-    `name`, `options`, `label`, `published`, `x`. For all its cells `train_size`, `epochs`, `batch_size`, `trace`,
-    `attack_options`, `defense_options`. `[cells.PROFILE]` overrides the block's keys in that profile.
+    `name`, `options`, `label`, `published`, `x`. For all its cells `train_size`, `epochs`, `batch_size`,
+    `clean_share`, `trace`, `attack_options`, `defense_options`. `[cells.PROFILE]` overrides the block's keys
+    in that profile.
     `[profile.NAME]`: defaults of every block, `description`, `needs_gpu`.
     `[[override]]`: `where`, `set`, and `profile` where it holds in one only. `[[exclude]]`: `where`, `reason`.
     `[[table]]`, `[[figure]]`: see `antibackdoor.bench.tables`. Raises InputError for anything else.

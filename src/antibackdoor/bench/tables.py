@@ -119,9 +119,10 @@ def _values(records: list[Record], measure: str) -> list[float]:
 
 
 def _variant(cell: Record) -> str:
-    """The defense with the settings that its cell changed, so that ablations stand in rows of their own."""
+    """The defense with the clean samples it was given and the settings that its cell changed: rows of their own."""
     changed = cell.get("defense_changes") or {}
-    return " ".join([cell["defense"], *(f"{name}={value}" for name, value in sorted(changed.items()))])
+    clean = [f"+ {cell['clean_share']:.0%} clean"] if cell.get("clean_share") else []
+    return " ".join([cell["defense"], *clean, *(f"{name}={value}" for name, value in sorted(changed.items()))])
 
 
 def _mean(values: list[float]) -> str:

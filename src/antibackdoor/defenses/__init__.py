@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from antibackdoor.defenses import dlp, e2abl, none
-from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition
+from antibackdoor.defenses import abl, anp, dbr, dlp, e2abl, fine_pruning, harvey, mcr, nad, none
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition, check_given
 from antibackdoor.errors import unknown
 from antibackdoor.options import build
 
@@ -27,4 +27,21 @@ def make_defense(name: str, settings: Mapping[str, Any] | None = None) -> Defens
     return build(cls, settings or {}, f"defense {name}", base=base)
 
 
-__all__ = ["DEFENSES", "Defense", "Outcome", "Partition", "dlp", "e2abl", "make_defense", "none"]
+__all__ = [
+    "DEFENSES",
+    "Defense",
+    "Outcome",
+    "Partition",
+    "abl",
+    "anp",
+    "check_given",
+    "dbr",
+    "dlp",
+    "e2abl",
+    "fine_pruning",
+    "harvey",
+    "make_defense",
+    "mcr",
+    "nad",
+    "none",
+]

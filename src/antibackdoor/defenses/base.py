@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
+from antibackdoor.errors import InputError
 from antibackdoor.options import options
 from antibackdoor.registry import Registry
 from antibackdoor.training.job import Job
@@ -81,6 +82,17 @@ class Defense(ABC):
     @abstractmethod
     def run(self, job: Job) -> Outcome:
         """Train on `job.data` and judge its samples."""
+
+
+def check_given(name: str, method: Defense, given: Collection[str]) -> None:
+    """Refuse a run without what the method needs beyond the untrusted set, and one given what it would not use."""
+    if lacking := sorted(method.needs - set(given)):
+        raise InputError(
+            f"the defense {name!r} needs {' and '.join(lacking)} samples beside the untrusted ones; give a few "
+            f"with --{lacking[0]} PATH ({lacking[0]}= in Python), or choose a defense that needs nothing."
+        )
+    if unused := sorted(set(given) - method.needs):
+        raise InputError(f"the defense {name!r} uses no {unused[0]} samples; leave out --{unused[0]}.")
 
 
 DEFENSES: Registry[type[Defense]] = Registry("defense")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from antibackdoor.data.batches import Batch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.suspects import suspects_of
+from antibackdoor.files import Tree
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
-from antibackdoor.training.objectives import CrossEntropy
+from antibackdoor.training.objectives import CrossEntropy, Step, forward
+from antibackdoor.training.ranking import Persistence
 from antibackdoor.training.scores import entropies, logits_of, losses
 from antibackdoor.training.semi_supervised import SemiSupervised, semi_supervised
 from antibackdoor.training.unlearning import Ascent, Unlearn
@@ -34,13 +39,15 @@ class DLP(Defense):
     4. ASSFT: FixMatch with the clean side as labeled and all others, the poisoned side included, as unlabeled samples.
 
     Deviations: the literal reading of the paper is the profile "paper"; its unlearning at a rate of 0.01 destroys the
-    network, so the default is slower and guarded. Small sets get floors of steps and counts. Equal entropies are
-    ordered by loss. The paper names no suspects; here they are the samples of the class that the poisoned side is
-    mostly labeled with, if the final network, which never learned them as labeled, sees another class.
+    network, so the default is slower and guarded. By default the entropies are those of all epochs of SL, not of the
+    last (`look`). Small sets get floors of steps and counts. Equal entropies are ordered by loss. The paper names no
+    suspects; here they are the samples of the class that the poisoned side is mostly labeled with, if the final
+    network, which never learned them as labeled, sees another class.
     """
 
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
+            "look": "end",
             "poisoned_floor": 1,
             "clean_floor": 1,
             "supervised": Recipe(epochs=10, min_steps=0, learning_rate=0.01, schedule="constant", augment="none"),
@@ -57,6 +64,10 @@ class DLP(Defense):
         epochs=10, min_steps=400, learning_rate=0.01, schedule="constant", augment="none"
     )
     filter: Annotated[Literal["entropy", "loss"], Field(description="what tells the two sides")] = "entropy"
+    look: Annotated[
+        Literal["end", "epochs"],
+        Field(description="at the network after SL, or, averaged in logarithms, at all epochs of SL while they run"),
+    ] = "epochs"
     filter_rate: Annotated[float, Field(gt=0, le=0.5, description="share of all samples on either side")] = 0.01
     poisoned_floor: Annotated[int, Field(ge=1, description="samples on the poisoned side, at least")] = 8
     clean_floor: Annotated[int, Field(ge=1, description="of each class on the clean side, at least; half at most")] = 8
@@ -78,10 +89,11 @@ class DLP(Defense):
         """All stages in `order`; the outcome holds the network after each."""
         model, stages = job.model(), {}
         sides: dict[str, Tensor] = {}
+        watched = Watched(len(job.data), self.filter)
         for stage in self.order.split("-"):
             if stage == "sl":
-                job.fit("supervised", model, CrossEntropy(), self.supervised)
-                sides = job.keep("sides", lambda: self.split(job, model))
+                job.fit("supervised", model, watched, self.supervised)
+                sides = job.keep("sides", lambda: self.split(job, model, watched))
             elif stage == "au":
                 enough = self.enough / len(job.data.spec.classes)
                 climb = Unlearn(guarded=self.guards == "guarded", clip=self.clip, enough=enough)
@@ -95,11 +107,12 @@ class DLP(Defense):
             stages[stage.upper()] = snapshot(model)
         return self.judge(job, model, sides, stages)
 
-    def split(self, job: Job, model: nn.Module) -> dict[str, Tensor]:
+    def split(self, job: Job, model: nn.Module, watched: Watched) -> dict[str, Tensor]:
         """What the network makes of all samples: scores `(n,)`, and the row numbers of both sides."""
         logits, y = logits_of(model, job.data, job.fabric), job.data.y.cpu()
         loss = losses(logits, y)
-        scores = -(entropies(logits) if self.filter == "entropy" else loss)
+        now = -(entropies(logits) if self.filter == "entropy" else loss)
+        scores = watched.ranking.scores() if self.look == "epochs" else now
         n, classes = len(y), len(job.data.spec.classes)
         count = max(self.poisoned_floor, round(self.filter_rate * n))
         each = max(self.clean_floor, round(self.filter_rate * n / classes))
@@ -125,6 +138,38 @@ class DLP(Defense):
             found.selections[f"{name} side"] = torch.isin(torch.arange(len(y)), sides[name])
         found.stages.update(stages)
         return found
+
+
+class Watched(CrossEntropy):
+    """Supervised training that keeps, for each sample, the mean logarithm of its entropy or loss over the epochs.
+
+    How sure a network is of a sample after one epoch or another says less: it swings, and on a small set all samples
+    are learned in the end, those with a trigger only earlier.
+    """
+
+    def __init__(self, n: int, what: str):
+        self.what, self.ranking = what, Persistence(n, skip=0)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Step:
+        """Cross entropy; the entropies come with it."""
+        log_p = F.log_softmax(forward(model, batch).float(), 1)
+        loss = F.nll_loss(log_p, batch.y, reduction="none")
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(1)
+        return Step(loss.mean(), {"main": loss.detach(), "entropy": entropy})
+
+    def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
+        """One more entry."""
+        self.ranking.add(records["entropy" if self.what == "entropy" else "main"])
+        return super().after_epoch(model, epoch, records)
+
+    def state(self) -> Tree:
+        """The ranking."""
+        return self.ranking.state()
+
+    def load(self, state: Tree) -> None:
+        """The ranking."""
+        self.ranking.load(state)
 
 
 def two_sides(scores: Tensor, loss: Tensor, y: Tensor, count: int, each: int) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from antibackdoor.errors import InputError
 
@@ -71,10 +72,30 @@ def choose_tap(candidates: list[Candidate]) -> str:
     return min(reversed(pool), key=lambda c: (round(abs(c.share - 0.5), 9), c.depth)).name
 
 
-def call(model: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """`model(x, lengths)`, or `model(x)` where there are none or the model does not know of them."""
+def stages(model: nn.Module, example: Tensor, lengths: Tensor | None = None) -> list[str]:
+    """The blocks of `model` by depth, one for each: its top-level stages where it has three or more of them.
+
+    `stem`, `layer1` ... `layer4` of a ResNet; the convolutions with what follows them of a plain `nn.Sequential`.
+    Raises InputError where there is none.
+    """
+    found = find_taps(model, example, lengths)
+    top = [c for c in found if "." not in c.name]
+    by_depth: dict[int, str] = {}
+    for candidate in top if len({c.depth for c in top}) >= 3 else found:
+        by_depth.setdefault(candidate.depth, candidate.name)
+    if not by_depth:
+        raise InputError("this model has no block with a feature map; give a network built of convolutional blocks.")
+    return [by_depth[depth] for depth in sorted(by_depth)]
+
+
+def call(model: nn.Module, x: Tensor, lengths: Tensor | None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """`model(x, lengths)`, or `model(x)` where there are none or the model does not know of them.
+
+    weights: tensors to use in place of the parameters and buffers of these names, for this call only.
+    """
     aware = lengths is not None and "lengths" in inspect.signature(model.forward).parameters
-    out: Tensor = model(x, lengths=lengths) if aware else model(x)
+    known = {"lengths": lengths} if aware else {}
+    out: Tensor = functional_call(model, dict(weights), (x,), known) if weights else model(x, **known)
     return out
 
 

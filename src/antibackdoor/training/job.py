@@ -78,7 +78,10 @@ class Job:
         self.data = to_device(data, self.fabric.device)
         self.seed, self.folder = seed, folder
         self.progress = progress or Progress()
-        self.extras = extras or {}
+        self.extras = {
+            name: to_device(value, self.fabric.device) if isinstance(value, Data) else value
+            for name, value in (extras or {}).items()
+        }
         self.budget: dict[str, Any] = {
             k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
         }
@@ -110,6 +113,14 @@ class Job:
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
         return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
 
+    @property
+    def clean(self) -> Data:
+        """The few samples known to be clean, for a method that declares `needs = {"clean"}`."""
+        data: Data | None = self.extras.get("clean")
+        if data is None:
+            raise InputError("this defense repairs its model on clean samples; give some with --clean (clean=).")
+        return data
+
     def recipe(self, recipe: R) -> R:
         """The method's own recipe, with the user's epochs and batch size in place of its own where they were given."""
         return replace(recipe, **self.budget)
@@ -131,15 +142,19 @@ class Job:
         objective: Objective,
         recipe: Recipe,
         *,
+        data: Data | None = None,
         rows: Tensor | None = None,
         parameters: ParameterGroups | None = None,
     ) -> None:
-        """Train in place; checkpoints after an epoch when the last is `checkpoint_seconds` old, and at the end."""
+        """Train in place; checkpoints after an epoch when the last is `checkpoint_seconds` old, and at the end.
+
+        data: what to train on, the untrusted set by default; `rows` of it, all by default.
+        """
         stage = Fit(
             name,
             model,
             objective,
-            self.data,
+            self.data if data is None else data,
             recipe,
             rows=rows,
             parameters=parameters,

@@ -62,10 +62,15 @@ class Unlearn(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Climb."""
+        return self.step(model, batch, -torch.ones_like(batch.y, dtype=torch.float32))
+
+    def step(self, model: nn.Module, batch: Batch, signs: Tensor) -> Step:
+        """The mean cross entropy, each sample's times its sign `(b,)`: -1 unlearns it."""
         self._batch = batch
         logits = forward(model, batch).float()
         losses = F.cross_entropy(logits, batch.y, reduction="none")
-        return Step(-losses.mean(), {"unlearned": losses.detach(), "hit": (logits.argmax(1) == batch.y).float()})
+        hits = (logits.argmax(1) == batch.y).float()
+        return Step((signs * losses).mean(), {"unlearned": losses.detach(), "hit": hits})
 
     def before_step(self, model: nn.Module) -> None:
         """Clip the gradient."""
