@@ -358,7 +358,7 @@ def poison(
     target: Annotated[str | None, typer.Option(metavar="CLASS", help="Name or number of the class to lead to.")] = None,
     settings: Settings = None,
     seed: Seed = 0,
-    form: Annotated[Format, typer.Option("--format", help="One .npz, or a folder of PNG files.")] = Format.npz,
+    form: Annotated[Format, typer.Option("--format", help="One .npz, or the kind of files that came in.")] = Format.npz,
     stages: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where an attack that trains something is kept and found again.")
     ] = None,
@@ -391,12 +391,15 @@ def poison(
     )
     with show(_console(stderr=True), quiet=quiet, title=attack) as progress:
         poisoned = make(splits, attack, chosen, seed=seed, fabric=make_fabric(device), kept=stages, progress=progress)
-    write_poisoned(poisoned, out, form=form.value)
+    came_as_manifest = form is Format.folder and Path(data).suffix.lower() == ".csv"
+    write_poisoned(poisoned, out, form="manifest" if came_as_manifest else form.value)
     if not quiet:
-        counts = poisoned.attack["counts"]
+        counts, stealth = poisoned.attack["counts"], poisoned.attack["stealth"]
+        names = {"psnr": "PSNR", "ssim": "SSIM", "relative_l2": "relative L2", "max_deviation": "largest deviation"}
+        shown = [f"{names[key]} {stealth[key]['value']:.3g}" for key in names if stealth.get(key, {}).get("n")]
         typer.echo(
             f"{counts['poisoned']:,} of {counts['n']:,} samples poisoned ({counts['rate_of_set']:.1%} of the set, "
-            f"{counts['rate_of_class']:.1%} of the target class) in {out}\n"
+            f"{counts['rate_of_class']:.1%} of the target class) in {out}; {', '.join(shown)}\n"
             f"Next: antibackdoor train {shlex.quote(str(out))} --truth {shlex.quote(str(out))} --out RUN"
         )
 

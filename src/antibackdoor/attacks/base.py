@@ -116,7 +116,7 @@ class Attack(ABC):
         values = torch.empty((len(rows), *clean.spec.shape), dtype=clean.x.dtype)
         made: dict[Role, Tensor] = {"poison": chosen, "cover": covers}
         for role, part in made.items():
-            for some in part.split(_chunk(clean.spec)):
+            for some in part.split(_chunk(clean.spec)) if len(part) else ():
                 values[torch.searchsorted(rows, some)] = self.make(clean, some, state, role)
         poisoned = torch.zeros(len(clean), dtype=torch.bool).index_fill(0, chosen, True)
         cover = torch.zeros(len(clean), dtype=torch.bool).index_fill(0, covers, True)

@@ -139,7 +139,7 @@ def run_cell(
     splits = Splits(train, full.test)
     if splits.test is None:
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
-    fabric, experiment, data = make_fabric(device), None, splits.train
+    fabric, experiment, stealth, data = make_fabric(device), None, None, splits.train
     if cell.attack != "none":
         poisoned = poison(
             splits,
@@ -151,7 +151,7 @@ def run_cell(
             kept=attacks,
             progress=progress,
         )
-        data, experiment = poisoned.splits.train, poisoned.experiment
+        data, experiment, stealth = poisoned.splits.train, poisoned.experiment, poisoned.attack["stealth"]
     job = Job(
         data,
         model=cell.model,
@@ -181,6 +181,7 @@ def run_cell(
     else:
         truth = experiment.truth
         measures = attack_measures(outcome.model, splits.test, experiment.triggered, experiment.targets, fabric)
+        measures["stealth"] = stealth
     measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +18,11 @@ import torch
 from lightning_fabric import Fabric
 
 from antibackdoor.attacks import ATTACKS, Attack, Fitted, State
+from antibackdoor.bench.folders import Written, write_files
 from antibackdoor.bench.judge import Experiment
+from antibackdoor.bench.stealth import stealth_measures
 from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
-from antibackdoor.data.folders import folder_names, write_class_folders
-from antibackdoor.data.images import load_folder
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import load_state, lock, save_state, write_json
@@ -31,7 +32,7 @@ from antibackdoor.seeds import derive
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 
-Format = Literal["npz", "folder"]
+Format = Literal["npz", "folder", "manifest"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def poison(
     state = fitted(method, splits.train, seed=own_seed, victim=victim, fabric=fabric, kept=kept, progress=progress)
     train, truth = method.poison(splits.train, state, own_seed)
     triggered, targets = method.triggered(splits.test, state)
-    told = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
+    told: dict[str, Any] = {"attack": attack, "options": values(method), "seed": seed, "counts": rates(truth)}
+    told["stealth"] = stealth_measures(splits.train, train, truth.poisoned.nonzero().flatten())
     return Poisoned(Splits(train, splits.test, name=splits.name), Experiment(truth, triggered, targets), told)
 
 
@@ -100,7 +102,7 @@ def fitted(
     job = partial(Job, clean, model=surrogate, seed=seed, fabric=fabric, progress=progress)
     if kept is None:
         return method.fit(clean, job())
-    own = Path(inspect.getfile(type(method))).read_text(encoding="utf-8")
+    own = _sources(type(method))
     name = type(method).__name__.lower()
     settings = {**values(method), "surrogate": surrogate}
     told = json.dumps([name, settings, own, clean.fingerprint(), seed], sort_keys=True)
@@ -115,6 +117,14 @@ def fitted(
     return state
 
 
+def _sources(attack: type[Attack]) -> list[str]:
+    """The source text of an attack and of what it takes from its room: another code may learn something else."""
+    module = sys.modules[attack.__module__]
+    used = {getattr(value, "__module__", None) or "" for value in vars(module).values()}
+    names = {attack.__module__, *(name for name in used if name.startswith("antibackdoor.attacks."))}
+    return [inspect.getsource(sys.modules[name]) for name in sorted(names)]
+
+
 def class_number(target: str | int, classes: Sequence[str]) -> int:
     """The number of a class given by its name or, where no class has that name, by its number."""
     if str(target) in classes:
@@ -125,9 +135,11 @@ def class_number(target: str | int, classes: Sequence[str]) -> int:
 
 
 def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> None:
-    """Write `data.npz` (or `data/train/CLASS/*.png` and `data/test/...`) and what only the judge may read.
+    """Write `data.npz`, or files of the kind that came in (see `write_files`), and what only the judge may read.
 
-    That is `truth.csv`, `triggered.npz` with the `triggered.csv` that tells the target of each, and `attack.json`.
+    form: "npz"; "folder", class folders of PNG files or `.ts` files; "manifest", PNG files and a CSV that names them.
+    For the judge there is `truth.csv`, `triggered.npz`, the `triggered.csv` that tells the target of each of its
+    samples, and `attack.json`.
     The folder appears complete or not at all. Raises InputError where it is in use or cannot be written.
     """
     check_free(out)
@@ -137,7 +149,7 @@ def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> No
         if form == "npz":
             write_npz(part / "data.npz", poisoned.splits)
         else:
-            poisoned = _write_images(poisoned, part / "data")
+            poisoned = _as_read(poisoned, write_files(poisoned.splits, part, manifest=form == "manifest"))
         data, experiment = poisoned.splits.train, poisoned.experiment
         truth_table(data, experiment.truth).to_csv(part / "truth.csv", index=False)
         write_part(part / "triggered.npz", experiment.triggered)
@@ -171,45 +183,28 @@ def check_free(out: Path) -> None:
         raise InputError(f"{out} exists and is not empty; choose another folder with --out.")
 
 
-def _write_images(poisoned: Poisoned, root: Path) -> Poisoned:
-    """PNG files in class folders; returns the set as a reader of the folder sees it: its order, ids and classes."""
-    spec, test = poisoned.splits.train.spec, poisoned.splits.test
-    assert test is not None
-    if spec.kind != "image":
-        raise InputError("only images can be written as a folder of files; use --format npz for series.")
-    folders = folder_names(spec.classes)
-    names = {part: write_class_folders(data, root, part, folders) for part, data in (("train", poisoned.splits.train),
-                                                                             ("test", test))}  # fmt: skip
-    again = load_folder(root, image_size=(spec.shape[2], spec.shape[1]))
-    held = again.test
-    assert held is not None
-    numbers = torch.tensor([again.train.spec.classes.index(name) if name in again.train.spec.classes else -1
-                            for name in folders])  # fmt: skip
-    truth, triggered = poisoned.experiment.truth, poisoned.experiment.triggered
-    place = {name: row for row, name in enumerate(names["train"])}
+def _as_read(poisoned: Poisoned, written: Written) -> Poisoned:
+    """The set and its truth in the order, and under the ids and classes, of the files that were written."""
+    again, truth, triggered = written.splits, poisoned.experiment.truth, poisoned.experiment.triggered
+    assert again.test is not None and poisoned.splits.test is not None
+    known = again.train.spec.classes
+    numbers = torch.tensor([known.index(name) if name in known else -1 for name in written.classes])
+    place = {name: row for row, name in enumerate(written.ids["train"])}
     rows = torch.tensor([place[name] for name in again.train.ids], dtype=torch.int64)
-    labels = numbers[truth.labels[rows]]
-    targets, led_to = numbers[truth.targets[rows]], numbers[poisoned.experiment.targets]
-    if (labels < 0).any() or (targets < 0).any() or (led_to < 0).any():
+    labels, targets = numbers[truth.labels[rows]], numbers[truth.targets[rows]]
+    led_to, y = numbers[poisoned.experiment.targets], numbers[triggered.y]
+    if min(int(group.min()) for group in (labels, targets, led_to, y)) < 0:
         raise InputError(
             "poisoning leaves a class without training samples, which a folder cannot hold; use --format npz."
         )
-    written = dict(zip(test.ids, names["test"], strict=True))
-    return Poisoned(
-        again,
-        Experiment(
-            Truth(truth.poisoned[rows], truth.cover[rows], labels, targets),
-            replace(
-                triggered,
-                x=torch.as_tensor(triggered.x[torch.arange(len(triggered))]).expand(-1, 3, -1, -1),
-                y=numbers[triggered.y],
-                spec=again.train.spec,
-                ids=[written[name] for name in triggered.ids],
-            ),
-            led_to,
-        ),
-        poisoned.attack,
-    )
+    spec = again.train.spec
+    names = dict(zip(poisoned.splits.test.ids, written.ids["test"], strict=True))
+    x = torch.as_tensor(triggered.x[torch.arange(len(triggered))])
+    # Gray images are read as RGB, and no file tells how far beyond the longest series the padding went.
+    x = x.expand(-1, 3, -1, -1) if spec.kind == "image" else x[..., : spec.shape[1]]
+    shown = replace(triggered, x=x, y=y, spec=spec, ids=[names[name] for name in triggered.ids])
+    known_truth = Truth(truth.poisoned[rows], truth.cover[rows], labels, targets)
+    return Poisoned(again, Experiment(known_truth, shown, led_to), poisoned.attack)
 
 
 __all__ = [

@@ -24,9 +24,14 @@ def write_class_folders(data: Data, root: Path, part: str, folders: Sequence[str
     for row, (label, sample_id) in enumerate(zip(data.y.tolist(), data.ids, strict=True)):
         # The row number keeps names apart and in order; it says nothing about the poison.
         names.append(f"{start}{folders[label]}/{row:06d}-{safe_name(Path(sample_id).stem)}.png")
-        pixels = data.x[torch.tensor([row])][0].permute(1, 2, 0).cpu().numpy()
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(root / names[-1])
+        write_png(data, row, root / names[-1])
     return names
+
+
+def write_png(data: Data, row: int, path: Path) -> None:
+    """One image of a set as a file."""
+    pixels = data.x[torch.tensor([row])][0].permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path)
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

@@ -173,7 +173,7 @@ def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, p
 def _inside(path: Path) -> Path:
     """The data in a folder that `antibackdoor poison` wrote."""
     if (path / "attack.json").is_file() and (path / "truth.csv").is_file():
-        return path / "data.npz" if (path / "data.npz").is_file() else path / "data"
+        return next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
     return path
 
 

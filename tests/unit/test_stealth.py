@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from antibackdoor.attacks.badnets import BadNets
+from antibackdoor.bench.stealth import ssim, stealth_measures
+from antibackdoor.data.core import Data, Spec
+from toy import toy_images
+
+
+def data(x: torch.Tensor, spec: Spec) -> Data:
+    return Data(x, torch.arange(len(x)) % 2, spec, [str(k) for k in range(len(x))])
+
+
+def test_images_by_hand() -> None:
+    spec = Spec("image", (1, 2, 2), ("a", "b"))
+    old = torch.full((3, 1, 2, 2), 51, dtype=torch.uint8)  # 0.2
+    new = old.clone()
+    new[0, 0, 0, 0] = 102  # by 0.2
+    new[1] = 0
+    got = stealth_measures(data(old, spec), data(new, spec), torch.arange(3))
+    assert {measure["n"] for measure in got.values()} == {2}  # the third is as it was
+    assert got["psnr"]["value"] == pytest.approx((10 * math.log10(4 / 0.04) + 10 * math.log10(1 / 0.04)) / 2, abs=1e-4)
+    assert got["relative_l2"]["value"] == pytest.approx((0.5 + 1) / 2, abs=1e-6)
+    assert got["max_deviation"]["value"] == pytest.approx(0.2, abs=1e-6)
+
+
+def test_series_by_hand() -> None:
+    spec = Spec("series", (1, 4), ("a", "b"), -2, 2)
+    old = torch.tensor([[[3.0, 0, 0, 4]], [[1.0, 1, 1, 1]]])
+    new = old + torch.tensor([[[0.0, 1, 0, 0]], [[0.0, 0, 0, 0]]])
+    got = stealth_measures(data(old, spec), data(new, spec), torch.tensor([0]))
+    assert got == {"relative_l2": {"value": pytest.approx(0.2), "n": 1}, "max_deviation": {"value": 0.25, "n": 1}}
+
+
+def test_nothing_poisoned_can_be_written_as_json() -> None:
+    clean = toy_images(8)
+    got = stealth_measures(clean, clean, torch.arange(4))
+    assert got["psnr"] == {"value": None, "n": 0}
+    json.dumps(got, allow_nan=False)
+
+
+def test_ssim_of_flat_images_and_of_equal_ones() -> None:
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ssim(x, x), torch.ones(2))
+    grey, other = torch.full((1, 1, 12, 12), 0.5), torch.full((1, 1, 12, 12), 0.25)
+    want = (2 * 0.5 * 0.25 + 1e-4) / (0.25 + 0.0625 + 1e-4)  # the rest of the formula is c2 / c2
+    torch.testing.assert_close(ssim(grey, other), torch.tensor([want]), atol=1e-4, rtol=0)
+    assert ssim(x, x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).max() < 0.99
+    assert ssim(x[..., :3, :2], x[..., :3, :2]).tolist() == pytest.approx([1, 1])  # smaller than the window
+
+
+def test_a_small_patch_is_harder_to_see_than_a_large_one() -> None:
+    clean = toy_images(80)
+    small, large = (BadNets(size=size).poison(clean, {}, 0) for size in (2, 6))
+    first, second = (stealth_measures(clean, d, t.poisoned.nonzero().flatten()) for d, t in (small, large))
+    assert first["psnr"]["value"] > second["psnr"]["value"] and first["ssim"]["value"] > second["ssim"]["value"]
+    assert first["relative_l2"]["value"] < second["relative_l2"]["value"]
