@@ -1,8 +1,6 @@
 """Grids, plans, the driver and its engines, and the tables of a whole ledger."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -322,55 +320,6 @@ def same_as_undisturbed(cells: list[Cell], folder: Path) -> None:
     for name in cut:
         for key in ("cell", "scale", "measures", "history_digest"):
             assert cut[name][key] == whole[name][key]
-
-
-@pytest.mark.slow
-def test_a_driver_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
-    path, stages = grid(tmp_path, LONG), tmp_path / "ledger" / ".stages"
-    command = [sys.executable, "-m", "antibackdoor.cli", "bench", str(path), "--out", str(stages.parent)]
-    driver = subprocess.Popen([*command, "--workers", "1", "--device", "cpu", "--quiet"])
-    while not list(stages.glob("*/stages/*.safetensors")):
-        time.sleep(0.02)
-    workers = [pid for pid in Path("/proc").glob("[0-9]*") if parent(pid) == driver.pid]
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert len(workers) == 1 and not read_ledger(stages.parent)
-    while workers[0].exists() and state(workers[0]) != "Z":
-        time.sleep(0.02)
-    same_as_undisturbed(read_grid(path).cells(), tmp_path)
-
-
-def state(process: Path) -> str:
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
-
-
-def parent(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
-
-
-@pytest.mark.slow
-def test_workers_run_cells_beside_each_other_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
-    cells, killed = [replace(c, epochs=40) for c in seeds(4)], list[int]()
-    engine = Local(2)
-
-    class Killer(Watcher):
-        def epoch(self, name: str, content: dict[str, Any]) -> None:
-            if not killed and content["epoch"] == 3:
-                killed.append(next(w.process.pid for w in engine.workers if w.task is not None and w.task.name == name))
-                os.kill(killed[0], signal.SIGKILL)
-
-    ledger = Ledger(tmp_path / "ledger")
-    assert run_cells(cells, ledger, engine, stages=tmp_path / "s", device="cpu", watcher=Killer()) == []
-    assert killed and len(read_ledger(tmp_path / "ledger")) == 4
-    assert run_cells(cells, Ledger(tmp_path / "one"), Here(), stages=tmp_path / "t", device="cpu") == []
-    one, two = (read_ledger(tmp_path / folder) for folder in ("one", "ledger"))
-    assert {k: r["measures"] for k, r in one.items()} == {k: r["measures"] for k, r in two.items()}
 
 
 def test_local_workers_mind_cores_and_memory() -> None:
