@@ -6,7 +6,8 @@ Four things take turns, so that a noisy machine hits all of them alike: whole st
 weak and strong views, forward, backward, optimizer, averaged weights, records); forward and backward alone, on a batch
 of views made before; making the views alone; and making the same views from PIL images one by one with torchvision
 (crop, flip, RandAugment(2, 10), a hole of half a side) in one process. The images are random: cost does not depend on
-what they show.
+what they show. On a CPU seconds are those that this process was given, of all its threads: other processes of a busy
+machine do not count.
 """
 
 from __future__ import annotations
@@ -97,14 +98,15 @@ def main() -> None:
 
 def timed(part: Callable[[], object], turns: int, device: torch.device) -> float:
     """Seconds a turn, the device's queue emptied before and after."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(turns):
         part()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) / turns
+    return (clock() - started) / turns
 
 
 WEAK = [v2.RandomHorizontalFlip(), v2.RandomCrop(32, padding=4)]

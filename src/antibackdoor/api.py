@@ -55,7 +55,10 @@ class Result:
         if not isinstance(x, Data):
             stored = self.spec.encode(torch.as_tensor(x).float())
             none = torch.zeros(len(stored), dtype=torch.int64)
-            x = Data(stored, none, self.spec, [str(i) for i in range(len(stored))], lengths)
+            given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
+            series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]
+            spec = replace(self.spec, shape=given) if series else self.spec
+            x = Data(stored, none, spec, [str(i) for i in range(len(stored))], lengths)
         device = next(self.model.parameters()).device
         fabric = make_fabric(str(device), "32-true")
         return logits_of(self.model, x, fabric).argmax(1).numpy()

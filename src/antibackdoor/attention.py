@@ -16,7 +16,7 @@ from antibackdoor.training.objectives import forward
 from antibackdoor.training.occlusion import mean_sample, occlusion
 from antibackdoor.training.ranking import top
 
-SAMPLES, LARGE = 16, 3 * 64 * 64
+SAMPLES, LARGE = 10, 3 * 64 * 64
 """So many samples of each side are looked at, half of that where one has more than LARGE numbers."""
 
 

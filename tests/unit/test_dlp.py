@@ -142,7 +142,12 @@ def test_a_literal_run_at_a_huge_rate_ends_finite_and_resumes(tmp_path: Path) ->
 
 
 def test_few_samples_are_one_batch_and_get_their_steps() -> None:
-    assert Ascent().batch_for(8) == 128 and Ascent().epochs_for(8) == 80 and Ascent().epochs_for(500) == 20
+    def plan(n: int, **numbers: int) -> tuple[int, int, int]:
+        recipe = Ascent(**numbers)
+        return recipe.batch_for(n), recipe.passes_for(n), recipe.epochs_for(n)
+
+    assert plan(8) == (128, 4, 100) and plan(500) == (128, 1, 100)
+    assert plan(500, min_steps=0) == (128, 1, 20)  # the paper's
 
 
 ORDERS = ["sl-au-assft", "sl-au", "sl-assft", "sl-assft-au"]

@@ -54,8 +54,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
     def blurred(x: Tensor) -> Tensor:
         rows = F.conv2d(x.flatten(0, 1)[:, None], line.view(1, 1, -1, 1))
-        smooth: Tensor = F.conv2d(rows, line.view(1, 1, 1, -1)).flatten(1).unflatten(0, x.shape[:2])
-        return smooth
+        out: Tensor = F.conv2d(rows, line.view(1, 1, 1, -1)).flatten(1).unflatten(0, x.shape[:2])
+        return out
 
     mean1, mean2 = blurred(first), blurred(second)
     var1, var2 = blurred(first**2) - mean1**2, blurred(second**2) - mean2**2

@@ -61,7 +61,7 @@ class DLP(Defense):
         "sl-au-assft"
     )
     supervised: Annotated[Recipe, Field(description="SL")] = Recipe(
-        epochs=10, min_steps=400, learning_rate=0.01, schedule="constant", augment="none"
+        epochs=10, min_steps=100, learning_rate=0.01, schedule="constant", augment="none"
     )
     filter: Annotated[Literal["entropy", "loss"], Field(description="what tells the two sides")] = "entropy"
     look: Annotated[

@@ -59,6 +59,26 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
 
 
+MOST_EPOCHS = 100
+"""Few samples are passed over thousands of times; this many rows of history and checkpoints tell enough of it."""
+
+
+@options
+class Steps(Recipe):
+    """A recipe whose budget is meant in steps: several passes may make one epoch of the loop."""
+
+    def _passes(self, n: int) -> int:
+        return max(self.epochs, math.ceil(self.min_steps / steps_per_epoch(n, self.batch_for(n))))
+
+    def passes_for(self, n: int) -> int:
+        """As many as keep the number of epochs within what was asked for, or within `MOST_EPOCHS`."""
+        return math.ceil(self._passes(n) / max(self.epochs, MOST_EPOCHS))
+
+    def epochs_for(self, n: int) -> int:
+        """Epochs of `passes_for` passes, so that there are at least `epochs` passes and `min_steps` steps."""
+        return math.ceil(self._passes(n) / self.passes_for(n))
+
+
 @dataclass
 class Progress:
     """Where the loop tells how far it is; the command line shows it, everything else ignores it."""

@@ -13,7 +13,7 @@ from antibackdoor.data.batches import Batch, gather
 from antibackdoor.data.core import Data
 from antibackdoor.training.objectives import forward
 
-STEPS = {"image": 16, "series": 48}
+STEPS = {"image": 12, "series": 48}
 """Into how many strides a side, or the time, is cut; a window is two strides wide."""
 CHANNELS = 6
 """Series of so many channels at most are covered one channel at a time, others in all channels at once."""

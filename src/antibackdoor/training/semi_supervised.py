@@ -12,20 +12,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.data.augment import AUGMENTATIONS, strong
-from antibackdoor.data.batches import Batch, gather, steps_per_epoch
+from antibackdoor.data.batches import Batch, gather
 from antibackdoor.errors import InputError
 from antibackdoor.files import Tree
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Recipe
+from antibackdoor.training.loop import Recipe, Steps
 from antibackdoor.training.objectives import Augment, Objective, Step, forward
-
-MOST_EPOCHS = 100
-"""Small sets are passed over thousands of times; this many rows of history and checkpoints tell enough of it."""
 
 
 @options
-class SemiSupervised(Recipe):
+class SemiSupervised(Steps):
     """How to train with FixMatch; the budget counts steps, each of B labeled and `ratio` x B unlabeled samples."""
 
     epochs: Annotated[int, Field(ge=1, description="passes over the unlabeled samples, at least")] = 30
@@ -55,24 +52,9 @@ class SemiSupervised(Recipe):
         Field(description="all views in one pass; false: pseudo-labels from a pass of their own, without gradients"),
     ] = True
 
-    def labeled_for(self, n: int) -> int:
-        """Labeled samples a step beside n unlabeled ones in all."""
-        return Recipe.batch_for(self, n)
-
     def batch_for(self, n: int) -> int:
-        """Unlabeled samples a step."""
-        return self.ratio * self.labeled_for(n)
-
-    def _passes(self, n: int) -> int:
-        return max(self.epochs, math.ceil(self.min_steps / steps_per_epoch(n, self.batch_for(n))))
-
-    def passes_for(self, n: int) -> int:
-        """As many as keep the number of epochs within what was asked for, or within `MOST_EPOCHS`."""
-        return math.ceil(self._passes(n) / max(self.epochs, MOST_EPOCHS))
-
-    def epochs_for(self, n: int) -> int:
-        """Epochs of `passes_for` passes, so that there are at least `epochs` passes and `min_steps` steps."""
-        return math.ceil(self._passes(n) / self.passes_for(n))
+        """Unlabeled samples a step, `ratio` times the labeled ones."""
+        return self.ratio * Recipe.batch_for(self, n)
 
 
 class Average:

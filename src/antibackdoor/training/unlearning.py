@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.blocks import undisturbed
 from antibackdoor.options import options
-from antibackdoor.training.loop import Recipe
+from antibackdoor.training.loop import Steps
 from antibackdoor.training.objectives import Objective, Step, forward
 
 
 @options
-class Ascent(Recipe):
+class Ascent(Steps):
     """How long and how fast to unlearn; a few samples are one batch, whatever the rules for small sets."""
 
     epochs: Annotated[int, Field(ge=1, description="passes over the samples to unlearn, at most")] = 20
-    min_steps: Annotated[int, Field(ge=0, description="few samples get more epochs until this many steps")] = 80
+    min_steps: Annotated[int, Field(ge=0, description="few samples get more epochs until this many steps")] = 400
     batch_size: Annotated[int, Field(ge=2, description="samples a step")] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
