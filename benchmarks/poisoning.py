@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=10_000, help="of the attacks that need no training")
     parser.add_argument("--trained-samples", type=int, default=1_000, help="of the attacks that train")
-    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="resnet18-w8", help="surrogate of the attacks that train")
     parser.add_argument("--only", nargs="*", default=[], help="names of attacks; none: all")

@@ -33,7 +33,7 @@ SERIES = ("ecg5000", "uwave", "arabic_digits")
 PART = 2000
 """Samples that trained attacks are fitted on: a picture needs no strong trigger."""
 AMPLIFIED = 5
-SIDE, GAP, LABEL = 64, 4, 12
+SIDE, GAP, LABEL = 64, 4, 24
 WIDTH, HEIGHT, COLUMNS = 220, 90, 4
 HEAD = """# Attacks
 
@@ -95,7 +95,7 @@ def picture(examples: dict[str, tuple[torch.Tensor, torch.Tensor, int]]) -> Imag
     draw = ImageDraw.Draw(sheet)
     for column, (name, (before, after, _)) in enumerate(examples.items()):
         left = GAP + column * step
-        draw.text((left, 1), name[:13], fill="black", font=font)
+        draw.multiline_text((left, 1), name.replace("_", "\n", 1), fill="black", font=font, spacing=1)
         for row, x in enumerate((before, after, (0.5 + AMPLIFIED * (after - before)).clamp(0, 1))):
             pixels = x.mul(255).round().byte().permute(1, 2, 0).numpy()
             tile = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST)

@@ -6,25 +6,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antibackdoor.api import Result, train
+    from antibackdoor.api import Findings, Result, train
     from antibackdoor.bench.judge import Experiment
     from antibackdoor.data.core import Data, Spec, Splits
     from antibackdoor.data.load import load
     from antibackdoor.errors import InputError
     from antibackdoor.runs import load_model
+    from antibackdoor.scanning import scan
 
 __version__ = "0.1.0"
-__all__ = ["Data", "Experiment", "InputError", "Result", "Spec", "Splits", "load", "load_model", "train"]
+__all__ = [
+    "Data",
+    "Experiment",
+    "Findings",
+    "InputError",
+    "Result",
+    "Spec",
+    "Splits",
+    "load",
+    "load_model",
+    "scan",
+    "train",
+]
 
 _ROOMS = {
     "Data": "data.core",
     "Experiment": "bench.judge",
+    "Findings": "api",
     "InputError": "errors",
     "Result": "api",
     "Spec": "data.core",
     "Splits": "data.core",
     "load": "data.load",
     "load_model": "runs",
+    "scan": "scanning",
     "train": "api",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -34,40 +34,25 @@ from antibackdoor.verdict import Verdict, decide
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
-@dataclass(frozen=True)
-class Result:
-    """model: the clean classifier, a plain module. suspects: every training sample, most suspicious first."""
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What is said of an untrusted set.
 
-    model: nn.Module
-    spec: Spec
+    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report.
+    """
+
     suspects: pd.DataFrame
     verdict: Verdict
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
-    architecture: str | None
     data: Data
     environment: dict[str, Any]
     attention: Attention | None = None
-
-    @torch.no_grad()
-    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
-        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
-        if not isinstance(x, Data):
-            stored = self.spec.encode(torch.as_tensor(x).float())
-            none = torch.zeros(len(stored), dtype=torch.int64)
-            given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
-            series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]
-            spec = replace(self.spec, shape=given) if series else self.spec
-            x = Data(stored, none, spec, [str(i) for i in range(len(stored))], lengths)
-        device = next(self.model.parameters()).device
-        fabric = make_fabric(str(device), "32-true")
-        return logits_of(self.model, x, fabric).argmax(1).numpy()
 
     def save(self, folder: str | Path) -> Path:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(folder, self.model, self.architecture, self.spec)
         write_csv(folder / "suspects.csv", self.suspects)
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
@@ -84,6 +69,36 @@ class Result:
         }
         write_json(folder / "result.json", summary)
         return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Findings):
+    """Findings, and the clean classifier that was trained: a plain module."""
+
+    model: nn.Module
+    spec: Spec
+    architecture: str | None
+
+    @torch.no_grad()
+    def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
+        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
+        if not isinstance(x, Data):
+            stored = self.spec.encode(torch.as_tensor(x).float())
+            none = torch.zeros(len(stored), dtype=torch.int64)
+            given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
+            series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]
+            spec = replace(self.spec, shape=given) if series else self.spec
+            x = Data(stored, none, spec, [str(i) for i in range(len(stored))], lengths)
+        device = next(self.model.parameters()).device
+        fabric = make_fabric(str(device), "32-true")
+        return logits_of(self.model, x, fabric).argmax(1).numpy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model too, before all else."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(folder, self.model, self.architecture, self.spec)
+        return super().save(folder)
 
 
 def train(
@@ -112,32 +127,81 @@ def train(
     experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
     them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
+    method = make_defense(defense, options)
+    extras = {} if clean is None else {"clean": _splits(clean).train}
+    check_given(defense, method, extras)
+    name = AUTO if defense == "auto" else defense
+    config = {"defense": {"name": name, "options": values(method)}, "model": model_name(model)}
+    splits, job = open_run(
+        data,
+        config,
+        model=model,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        precision=precision,
+        out=out,
+        resume=resume,
+        progress=progress,
+        experiment=experiment,
+        extras=extras,
+    )
+    outcome = method.run(job)
+    job.write_history()
+    result = Result(
+        model=outcome.model.eval(),
+        spec=splits.train.spec,
+        suspects=suspects_table(splits.train, outcome),
+        verdict=decide(splits.train, outcome),
+        metrics=_metrics(splits, outcome, job, experiment),
+        history=job.history,
+        architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
+        data=splits.train,
+        environment=environment(job.fabric),
+        attention=attention_of(job.data, outcome, job.fabric),
+    )
+    if job.folder is not None:
+        result.save(job.folder)
+    return result
+
+
+def open_run(
+    data: Splits | Data | str | Path | Dataset[Any],
+    config: dict[str, Any],
+    *,
+    model: str | nn.Module,
+    epochs: int | None,
+    seed: int,
+    device: str,
+    precision: str,
+    out: str | Path | None,
+    resume: bool,
+    progress: Progress | None,
+    experiment: Experiment | None,
+    extras: Mapping[str, Data] | None = None,
+) -> tuple[Splits, Job]:
+    """What every run starts with: data and settings checked, then the run folder, then a job in it.
+
+    config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
+    is given, as "clean". Raises InputError before anything is written.
+    """
     splits = _splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    method = make_defense(defense, options)
-    extras = {} if clean is None else {"clean": _splits(clean).train}
-    check_given(defense, method, extras)
-    if extras:
-        _check_clean(extras["clean"], splits.train)
+    given = dict(extras or {})
+    if "clean" in given:
+        _check_clean(given["clean"], splits.train)
     if isinstance(model, str):
         create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
     fabric = make_fabric(device, precision)
     folder = Path(out) if out is not None else None
     if folder is not None:
-        name = AUTO if defense == "auto" else defense
-        config = {
-            "data": splits.train.fingerprint(),
-            "defense": {"name": name, "options": values(method)},
-            "model": model if isinstance(model, str) else type(model).__name__,
-            "epochs": epochs,
-            "seed": seed,
-            **{name: given.fingerprint() for name, given in extras.items()},
-        }
-        open_folder(folder, config, resume=resume, source=splits.source)
+        told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
+        told |= {name: extra.fingerprint() for name, extra in given.items()}
+        open_folder(folder, told, resume=resume, source=splits.source)
         write_json(folder / "data.json", describe_data(splits))
         if experiment is not None:
             write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
@@ -148,26 +212,15 @@ def train(
         fabric=fabric,
         folder=folder,
         progress=progress,
-        extras=extras,
+        extras=given,
         epochs=epochs,
     )
-    outcome = method.run(job)
-    job.write_history()
-    result = Result(
-        model=outcome.model.eval(),
-        spec=splits.train.spec,
-        suspects=suspects_table(splits.train, outcome),
-        verdict=decide(splits.train, outcome),
-        metrics=_metrics(splits, outcome, job, experiment, fabric),
-        history=job.history,
-        architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
-        data=splits.train,
-        environment=environment(fabric),
-        attention=attention_of(job.data, outcome, fabric),
-    )
-    if folder is not None:
-        result.save(folder)
-    return result
+    return splits, job
+
+
+def model_name(model: str | nn.Module) -> str:
+    """How `config.json` calls a model."""
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def _splits(data: Splits | Data | str | Path | Dataset[Any]) -> Splits:
@@ -208,21 +261,20 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
     return table.sort_values(["flagged", "score"], ascending=False, kind="stable", ignore_index=True)
 
 
-def _metrics(
-    splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None, fabric: Fabric
-) -> dict[str, Any]:
+def _metrics(splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if experiment is not None and splits.test is not None:
         triggered, targets = experiment.triggered, experiment.targets
-        measured = attack_measures(outcome.model, splits.test, triggered, targets, fabric)
+        measured = attack_measures(outcome.model, splits.test, triggered, targets, job.fabric)
         if outcome.flagged.any() or outcome.scores.any():
             measured["detection"] = detection_measures(outcome, experiment.truth)
     elif splits.test is not None:
-        measured = accuracy(logits_of(outcome.model, splits.test, fabric).argmax(1), splits.test)
-    steps = {row["stage"]: row["steps"] for row in job.history}
-    measured["cost"] = {
-        "seconds": round(sum(row["seconds"] for row in job.history), 1),
-        "steps": sum(steps.values()),
-        "parameters": sum(p.numel() for p in outcome.model.parameters()),
-    }
+        measured = accuracy(logits_of(outcome.model, splits.test, job.fabric).argmax(1), splits.test)
+    measured["cost"] = {**cost(job), "parameters": sum(p.numel() for p in outcome.model.parameters())}
     return measured
+
+
+def cost(job: Job) -> dict[str, Any]:
+    """Wall time and optimizer steps of all stages, also when the run was resumed."""
+    steps = {row["stage"]: row["steps"] for row in job.history}
+    return {"seconds": round(sum(row["seconds"] for row in job.history), 1), "steps": sum(steps.values())}

@@ -41,7 +41,7 @@ class Group(TyperGroup):
         except KeyboardInterrupt:
             words = ctx.meta["antibackdoor.words"]
             again = [*words, *(["--resume"] if "--resume" not in words else [])]
-            resumable = words[:1] == ["train"]
+            resumable = words[:1] in (["train"], ["scan"])
             _fail("interrupted" + (f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."), 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -107,6 +107,7 @@ class What(StrEnum):
 
     attacks = "attacks"
     defenses = "defenses"
+    detectors = "detectors"
     models = "models"
     datasets = "datasets"
 
@@ -159,6 +160,10 @@ Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must no
 UndecidedOption = Annotated[
     Undecided,
     typer.Option("--undecided", help="Reviews: what becomes of flagged samples that nobody decided about."),
+]
+MemoryMap = Annotated[
+    bool | None,
+    typer.Option(help="Read an .npz from disk as needed [default: where it would fill a quarter of the memory]."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs; progress is on stderr.")]
@@ -229,10 +234,7 @@ def train(
     image_size: ImageSize = None,
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
-    memory_map: Annotated[
-        bool | None,
-        typer.Option(help="Read an .npz from disk as needed [default: where it would fill a quarter of the memory]."),
-    ] = None,
+    memory_map: MemoryMap = None,
     data_root: DataRoot = None,
     clean: Annotated[
         str | None, typer.Option(metavar="PATH", help="A few samples known to be clean, for defenses that need them.")
@@ -302,6 +304,97 @@ def train(
         from antibackdoor.summary import print_summary
 
         print_summary(_console(), result, out)
+
+
+@app.command(
+    epilog=_examples(
+        "antibackdoor scan photos --out scan",
+        "antibackdoor scan photos --out scan --fail-on-poison    status 3 where they look poisoned",
+        "antibackdoor scan photos --out scan --detector spectral_signatures --network run",
+    )
+)
+def scan(
+    ctx: typer.Context,
+    data: Source,
+    out: Out,
+    detector: Annotated[str, typer.Option(help="auto or NAME; see `list detectors`.")] = "auto",
+    fail_on_poison: Annotated[
+        bool, typer.Option("--fail-on-poison", help="End with status 3 where the data look poisoned: a gate.")
+    ] = False,
+    settings: Settings = None,
+    model: Annotated[
+        str, typer.Option(help="What the detector trains: auto, NAME or NAME-wWIDTH; see `list models`.")
+    ] = "auto",
+    network: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Judge with the model of a run folder instead of training one.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the detector's training.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    test: Test = None,
+    image_size: ImageSize = None,
+    missing: MissingOption = Missing.refuse,
+    skip_unreadable: SkipUnreadable = False,
+    memory_map: MemoryMap = None,
+    data_root: DataRoot = None,
+    truth: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Only look for poison: verdict and suspects, for much less than `train` costs."""
+    from antibackdoor.bench.poisoned import read_experiment
+    from antibackdoor.data.load import load
+    from antibackdoor.detectors import make_detector
+    from antibackdoor.progress import show
+    from antibackdoor.runs import load_model
+    from antibackdoor.scanning import scan as run
+
+    chosen = _settings(settings, ctx)
+    if fail_on_poison and not make_detector(detector, chosen).decides:
+        raise InputError(f"the detector {detector!r}, so set, only ranks samples; a gate needs a verdict.")
+    splits = load(
+        data,
+        test=test,
+        image_size=image_size,
+        missing=missing.value,
+        skip_unreadable=skip_unreadable,
+        memory_map=memory_map,
+        data_root=data_root,
+    )
+    splits = replace(splits, name=data)
+    experiment = read_experiment(truth, splits) if truth else None
+    with show(_console(stderr=True), quiet=quiet, every=verbose) as progress:
+        found = run(
+            splits,
+            detector=detector,
+            options=chosen,
+            model=model,
+            network=load_model(network)[0] if network else None,
+            epochs=epochs,
+            seed=seed,
+            device=device,
+            precision=precision,
+            out=out,
+            resume=resume,
+            progress=progress,
+            experiment=experiment,
+        )
+    from antibackdoor.summary import flagged_rows, print_summary, summary
+
+    if as_json:
+        _print_json({**summary(found, out), "suspects": flagged_rows(found)})
+    elif not quiet:
+        print_summary(_console(), found, out)
+    if fail_on_poison and found.verdict.poisoned:
+        raise typer.Exit(3)
+    if fail_on_poison and not found.verdict.confidence:
+        raise InputError(f"the data could not be judged, so they do not pass: {' '.join(found.verdict.evidence)}")
 
 
 @app.command(
@@ -413,7 +506,7 @@ def poison(
     ),
 )
 def list_(
-    what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|models|datasets]")] = None,
+    what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|detectors|models|datasets]")] = None,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from antibackdoor.attacks import ATTACKS
 from antibackdoor.data.catalog import CATALOG
 from antibackdoor.defenses import DEFENSES
+from antibackdoor.detectors import DETECTORS
 from antibackdoor.errors import unknown
 from antibackdoor.models import MODELS
 from antibackdoor.options import describe
@@ -18,7 +19,12 @@ from antibackdoor.registry import Registry
 if TYPE_CHECKING:
     from rich.console import Console
 
-REGISTRIES: dict[str, Registry[Any]] = {"attacks": ATTACKS, "defenses": DEFENSES, "models": MODELS}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "attacks": ATTACKS,
+    "defenses": DEFENSES,
+    "detectors": DETECTORS,
+    "models": MODELS,
+}
 Row = dict[str, Any]
 
 
@@ -31,7 +37,7 @@ def listing(what: str | None, name: str | None) -> dict[str, list[Row]]:
     if name not in rows:
         raise unknown(groups[0].removesuffix("s"), name, rows)
     row = rows[name]
-    if groups[0] in {"attacks", "defenses"}:
+    if groups[0] in {"attacks", "defenses", "detectors"}:
         make = REGISTRIES[groups[0]][name].make
         row = {**row, "options": describe(make), "profiles": list(getattr(make, "profiles", {}))}
     return {groups[0]: [row]}

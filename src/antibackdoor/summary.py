@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.markup import escape
 
-from antibackdoor.api import Result
+from antibackdoor.api import Findings, Result
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load_samples
 from antibackdoor.data.series import Missing
@@ -30,7 +30,7 @@ MEASURES = {
 }
 
 
-def print_summary(console: Console, result: Result, folder: Path) -> None:
+def print_summary(console: Console, result: Findings, folder: Path) -> None:
     """The verdict in words, what was flagged, what is known of the accuracy, and where the report lies."""
     verdict, flagged, n = result.verdict, int(result.suspects["flagged"].sum()), len(result.suspects)
     if verdict.poisoned:
@@ -38,7 +38,10 @@ def print_summary(console: Console, result: Result, folder: Path) -> None:
         head = f"[bold red]This data looks poisoned[/], towards the class {escape(classes)}"
     else:
         head = "[bold green]No poison was found[/]"
-    console.print(f"{head} (confidence {percent(verdict.confidence)}).", soft_wrap=True)
+    if verdict.confidence:
+        console.print(f"{head} (confidence {percent(verdict.confidence)}).", soft_wrap=True)
+    else:
+        console.print("[bold yellow]Whether there is poison was not judged[/]:", soft_wrap=True)
     for sentence in verdict.evidence:
         console.print(f"  {escape(plain(sentence))}", soft_wrap=True)
     console.print(f"{flagged:,} of {n:,} samples are flagged in suspects.csv.")
@@ -48,7 +51,7 @@ def print_summary(console: Console, result: Result, folder: Path) -> None:
     console.print(f"Report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
 
 
-def summary(result: Result, folder: Path) -> dict[str, Any]:
+def summary(result: Findings, folder: Path) -> dict[str, Any]:
     """What `--json` prints: verdict, counts, measures, the first suspects, and where the files lie."""
     flagged = result.suspects[result.suspects["flagged"]]
     return {
@@ -57,10 +60,17 @@ def summary(result: Result, folder: Path) -> dict[str, Any]:
         "flagged": len(flagged),
         "first_suspects": flagged["id"].head(20).tolist(),
         "metrics": result.metrics,
-        "architecture": result.architecture,
+        **({"architecture": result.architecture} if isinstance(result, Result) else {}),
         "out": str(folder),
         "report": str(folder / "report.html"),
     }
+
+
+def flagged_rows(result: Findings) -> list[dict[str, Any]]:
+    """All flagged samples, most suspicious first."""
+    flagged = result.suspects[result.suspects["flagged"]]
+    rows = flagged[["id", "label", "score", "suggested_label", "reason"]].to_dict("records")
+    return [{str(key): value for key, value in row.items()} for row in rows]
 
 
 def print_plan(console: Console, splits: Splits, defense: str, settings: dict[str, Any], model: str) -> None:

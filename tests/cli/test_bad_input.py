@@ -56,10 +56,11 @@ DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
 }
 
 
+@pytest.mark.parametrize("command", ["train", "scan"])
 @pytest.mark.parametrize("case", DATA)
-def test_bad_data(run: Run, tmp_path: Path, case: str) -> None:
+def test_bad_data(run: Run, tmp_path: Path, case: str, command: str) -> None:
     make, words = DATA[case]
-    refused(run, make(tmp_path / "data"), tmp_path / "out", words)
+    refused(run, make(tmp_path / "data"), tmp_path / "out", words, command=command)
 
 
 OPTIONS = {
@@ -84,9 +85,27 @@ def test_bad_options(run: Run, images: Path, tmp_path: Path, case: str) -> None:
     refused(run, images, tmp_path / "out", told, *words)
 
 
-def refused(run: Run, data: Path, out: Path, told: str, *words: str) -> None:
+SCAN_OPTIONS = {
+    "detector": (["--detector", "spectral"], "unknown detector"),
+    "near detector": (["--detector", "entrop"], "did you mean 'entropy'"),
+    "set": (["--detector", "loss", "--set", "flagg=0.1"], "did you mean 'flag'"),
+    "set value": (["--detector", "loss", "--set", "flag=2"], "less than or equal to 1"),
+    "model": (["--model", "resnet81"], "did you mean 'resnet18'"),
+    "device": (["--device", "gpu"], "unknown device"),
+    "network": (["--detector", "loss", "--network", "nowhere"], "model.json"),
+    "truth": (["--truth", "nowhere"], "truth.csv"),
+}
+
+
+@pytest.mark.parametrize("case", SCAN_OPTIONS)
+def test_bad_scan_options(run: Run, images: Path, tmp_path: Path, case: str) -> None:
+    words, told = SCAN_OPTIONS[case]
+    refused(run, images, tmp_path / "out", told, *words, command="scan")
+
+
+def refused(run: Run, data: Path, out: Path, told: str, *words: str, command: str = "train") -> None:
     before = {path.name for path in out.parent.iterdir()}
-    output = run("train", data, "--out", out, *words, status=2).output
+    output = run(command, data, "--out", out, *words, status=2).output
     assert told in output and output.startswith("error: ") and len(output.strip().splitlines()) == 1
     assert {path.name for path in out.parent.iterdir()} == before
 
@@ -103,7 +122,7 @@ def test_bad_poison(run: Run, images: Path, tmp_path: Path, words: list[str]) ->
 def test_a_folder_in_use_is_refused(run: Run, images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    for command in (["train"], ["poison", "--attack", "badnets"], ["demo"]):
+    for command in (["train"], ["scan"], ["poison", "--attack", "badnets"], ["demo"]):
         data = [] if command == ["demo"] else [images]
         assert "not empty" in run(command[0], *data, *command[1:], "--out", tmp_path / "out", status=2).output
     assert "no config.json" in run("train", images, "--out", tmp_path / "out", "--resume", *TINY, status=2).output

@@ -127,7 +127,7 @@ def test_names_never_lead_out_of_a_written_folder(run: Run, tmp_path: Path) -> N
 
 def test_list_is_for_people_and_programs(run: Run) -> None:
     found = json.loads(run("list", "--json").output)
-    assert set(found) == {"attacks", "defenses", "models", "datasets"}
+    assert set(found) == {"attacks", "defenses", "detectors", "models", "datasets"}
     assert all({"name", "kinds", "description"} <= set(row) for rows in found.values() for row in rows)
     one = json.loads(run("list", "defenses", "e2abl", "--json").output)["defenses"][0]
     assert "paper" in one["profiles"] and {"main.epochs", "isolation_rate"} <= {row["name"] for row in one["options"]}

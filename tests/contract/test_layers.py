@@ -12,6 +12,7 @@ import pytest
 import antibackdoor
 from antibackdoor.attacks import ATTACKS
 from antibackdoor.defenses import DEFENSES
+from antibackdoor.detectors import DETECTORS
 
 ROOT = Path(antibackdoor.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
@@ -23,16 +24,16 @@ LAYERS = [
     {"data"},
     {"models"},
     {"training"},
-    {"detectors"},
     {"attacks"},
     {"defenses"},
     {"verdict"},
+    {"detectors"},
     {"attention", "environment"},
     {"bench"},
     {"report"},
     {"runs"},
     {"api"},
-    {"doctor", "estimator", "listing", "progress", "review", "scan", "summary"},
+    {"doctor", "estimator", "listing", "progress", "review", "scanning", "summary"},
     {"demo"},
     {"cli"},
 ]
@@ -43,7 +44,7 @@ PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items
 """What `from antibackdoor import name` leads to."""
 BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
-HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}}
+HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}, "detectors": {"base"}}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "os.system", "torch.load", "yaml.load", "pd.read_pickle", "pandas.read_pickle"}
 UNSAFE_KEYWORDS = {("allow_pickle", True), ("shell", True), ("weights_only", False)}
@@ -119,7 +120,7 @@ def test_every_module_says_what_it_is(file: str) -> None:
     assert ast.get_docstring(ast.parse(FILES[file]))
 
 
-@pytest.mark.parametrize(("room", "registry"), [("attacks", ATTACKS), ("defenses", DEFENSES)])
+@pytest.mark.parametrize(("room", "registry"), [("attacks", ATTACKS), ("defenses", DEFENSES), ("detectors", DETECTORS)])
 def test_every_method_is_registered(room: str, registry: object) -> None:
     modules = {Path(file).stem for file in FILES if room_of(file) == room} - {"__init__"} - HELPERS[room]
     registered = {entry.make.__module__ for entry in registry}  # type: ignore[attr-defined]

@@ -394,6 +394,20 @@ def test_a_record_is_small_and_plain(tmp_path: Path) -> None:
     assert set(read_ledger(tmp_path)) == {"a"} and "a" in Ledger(tmp_path)
 
 
+def test_a_cell_may_judge_detectors_too(tmp_path: Path) -> None:
+    block = GRID[: GRID.index("[[cells]]", 5)].replace('"none", "e2abl"', '"none"')
+    plain = read_grid(grid(tmp_path, block)).cells()[0]
+    detecting = read_grid(grid(tmp_path, block + 'detectors = ["loss", "loss_drop"]')).cells()[0]
+    assert plain.name() != detecting.name() and "detectors" not in plain.resolved()
+    assert set(detecting.resolved()["detectors"]) == {"loss", "loss_drop"}  # with their settings: part of the hash
+    fast = Cell(**{**vars(detecting), "defense_options": FAST["none"]})
+    found = run_cell(fast, folder=tmp_path, device="cpu")["measures"]["detectors"]
+    assert found["loss"]["steps"] == 0 < found["loss_drop"]["steps"]
+    assert found["loss"]["precision_at"]["0.1"]["n"] == 12 and 0 <= found["loss"]["auroc"]["value"] <= 1
+    with pytest.raises(InputError, match="did you mean 'entropy'"):
+        read_grid(grid(tmp_path, block + 'detectors = ["entropi"]')).cells()
+
+
 def record(defense: str, seed: int, rate: float) -> Record:
     cell = {"data": "d", "train_size": None, "model": "m", "attack": "badnets", "attack_options": {}, "seed": seed}
     measures = {"clean_accuracy": {"value": 0.5 + seed / 10}, "attack_success_rate": {"value": rate}}

@@ -2,6 +2,10 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from antibackdoor.bench.grid import read_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,3 +18,30 @@ def test_pages_and_figures_are_made_from_the_ledger() -> None:
     assert pages["reproduction.md"].count("\n## ") >= 16
     figures = {f"figures/{path.name}" for path in (ROOT / "docs" / "figures").glob("*.svg")}
     assert figures == {name for name in pages if name.endswith(".svg")}
+
+
+def test_the_filtering_figure_is_made_from_records() -> None:
+    build = runpy.run_path(str(ROOT / "docs" / "build_filtering.py"))
+
+    def record(attack: str, seed: int, hits: float) -> dict[str, Any]:
+        rates = {rate: {"value": hits} for rate in ("0.01", "0.05", "0.1")}
+        found = {"precision_at": rates, "auroc": {"value": hits}, "verdict": {"poisoned": hits > 0.5}}
+        measures = {"detectors": {"loss": found, "entropy": found}}
+        return {"cell": {"data": "d", "attack": attack, "seed": seed}, "measures": measures}
+
+    records = [record("badnets", 0, 1.0), record("badnets", 1, 0.5), record("sig", 0, 0.2), record("none", 0, 0.1)]
+    panels = build["series"](records)
+    assert list(panels) == [("d", "badnets"), ("d", "sig")]  # a clean set has nothing to filter
+    assert panels["d", "badnets"]["loss"] == {0.01: [1.0, 0.5], 0.05: [1.0, 0.5], 0.1: [1.0, 0.5]}
+    drawing = ElementTree.fromstring(build["drawing"](panels))
+    lines = drawing.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 4 and len({line.get("points") for line in lines}) == 2
+    table = build["table"](records)
+    assert table["precision, top 1 %"].tolist() == ["75.0"] * 2 + ["10.0"] * 2 + ["20.0"] * 2
+    assert table["says poisoned"].tolist()[0] == "1 of 2"
+
+
+def test_the_grid_of_the_filtering_figure_can_be_read() -> None:
+    cells = read_grid(ROOT / "experiments" / "filtering.toml").cells()
+    assert {cell.attack for cell in cells} >= {"badnets", "blend", "sig", "none"}
+    assert all(cell.detectors for cell in cells)

@@ -60,3 +60,9 @@ def test_a_small_patch_is_harder_to_see_than_a_large_one() -> None:
     first, second = (stealth_measures(clean, d, t.poisoned.nonzero().flatten()) for d, t in (small, large))
     assert first["psnr"]["value"] > second["psnr"]["value"] and first["ssim"]["value"] > second["ssim"]["value"]
     assert first["relative_l2"]["value"] < second["relative_l2"]["value"]
+
+
+def test_a_patch_in_the_corner_counts() -> None:
+    old, corner, middle = (torch.full((1, 1, 32, 32), 0.5) for _ in range(3))
+    corner[..., -3:, -3:], middle[..., 14:17, 14:17] = 1, 1
+    assert 0.9 < float(ssim(old, corner)) < 0.99 and float(ssim(old, middle)) < 0.96

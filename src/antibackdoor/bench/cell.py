@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from antibackdoor.attacks import ATTACKS
+from antibackdoor.bench.detection import judge_detectors
 from antibackdoor.bench.judge import (
     accuracy,
     attack_measures,
@@ -28,6 +29,7 @@ from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
 from antibackdoor.defenses import check_given, make_defense
+from antibackdoor.detectors import make_detector
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError
 from antibackdoor.options import build, options, values
@@ -63,6 +65,9 @@ class Cell:
     model: str = "auto"
     epochs: Annotated[int | None, Field(ge=1, description="of the main training, whatever the defense")] = None
     batch_size: Annotated[int | None, Field(ge=2, description="of the main training, whatever the defense")] = None
+    detectors: Annotated[
+        list[str] | None, Field(min_length=1, description="judge the samples with these too, on the model that results")
+    ] = None
     clean_share: Annotated[
         float | None,
         Field(gt=0, lt=1, description=f"of training set, for defenses that need clean samples; {CLEAN_SHARE}"),
@@ -84,6 +89,8 @@ class Cell:
         own = {name: value for name, value in values(self).items() if value is not None and name != "clean_share"}
         if "clean" in method.needs:
             own["clean_share"] = self.clean_share or CLEAN_SHARE
+        if self.detectors is not None:
+            own["detectors"] = {name: values(make_detector(name)) for name in self.detectors}
         return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}
 
     def name(self) -> str:
@@ -186,6 +193,22 @@ def run_cell(
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
+    if cell.detectors:
+
+        def job_of(name: str) -> Job:
+            """Detectors that watch a training have a schedule of their own."""
+            place = None if folder is None else folder / "detectors" / name
+            return Job(
+                data,
+                model=cell.model,
+                seed=cell.seed,
+                fabric=fabric,
+                folder=place,
+                progress=progress,
+                batch_size=cell.batch_size,
+            )
+
+        measures["detectors"] = judge_detectors(cell.detectors, outcome.model, job_of, truth)
     if outcome.selections:
         y = data.y.cpu()
         measures["selections"] = {name: selection_measures(s, y, truth) for name, s in outcome.selections.items()}

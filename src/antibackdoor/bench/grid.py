@@ -22,7 +22,16 @@ LISTS = {
     "seeds": "seed",
 }
 """Keys of a block that hold lists, and the axis that each fills."""
-SINGLE = ("train_size", "epochs", "batch_size", "clean_share", "trace", "attack_options", "defense_options")
+SINGLE = (
+    "train_size",
+    "epochs",
+    "batch_size",
+    "clean_share",
+    "trace",
+    "attack_options",
+    "defense_options",
+    "detectors",
+)
 """Keys of a block that hold one value for all its cells."""
 ENTRY = ("name", "label", "options", "published", "x")
 """Keys of an entry of a list that is more than a name."""
@@ -70,11 +79,11 @@ def read_grid(path: Path, profile: str | None = None) -> Grid:
 
     `[[cells]]`: the lists `data`, `models`, `attacks`, `rates`, `defenses`, `seeds`; an entry is a name or a table with
     `name`, `options`, `label`, `published`, `x`. For all its cells `train_size`, `epochs`, `batch_size`,
-    `clean_share`, `trace`, `attack_options`, `defense_options`. `[cells.PROFILE]` overrides the block's keys
-    in that profile.
+    `clean_share`, `trace`, `attack_options`, `defense_options`, `detectors`. `[cells.PROFILE]` overrides the block's
+    keys in that profile.
     `[profile.NAME]`: defaults of every block, `description`, `needs_gpu`.
     `[[override]]`: `where`, `set`, and `profile` where it holds in one only. `[[exclude]]`: `where`, `reason`.
-    `[[table]]`, `[[figure]]`: see `antibackdoor.bench.tables`. Raises InputError for anything else.
+    `[[table]]`, `[[figure]]`: see `antibackdoor.bench.declared`. Raises InputError for anything else.
     """
     try:
         grid = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -45,7 +45,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
     The mean over channels and places of `(2 m1 m2 + c1) (2 s12 + c2) / ((m1^2 + m2^2 + c1) (s1^2 + s2^2 + c2))`, with
     means, variances and covariance under a Gaussian window of spread 1.5 that is 11 pixels wide (in smaller images:
-    the largest odd width that fits), c1 = 0.01^2, c2 = 0.03^2; windows that would leave the image are left out.
+    the largest odd width that fits), c1 = 0.01^2, c2 = 0.03^2. Images are mirrored at their edges, so that a patch in a
+    corner counts as much as one in the middle.
     Reference: Wang et al. 2004, Image quality assessment: from error visibility to structural similarity.
     """
     width = min(11, *(side - (side % 2 == 0) for side in first.shape[2:]))
@@ -53,7 +54,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     line = line / line.sum()
 
     def blurred(x: Tensor) -> Tensor:
-        rows = F.conv2d(x.flatten(0, 1)[:, None], line.view(1, 1, -1, 1))
+        mirrored = F.pad(x.flatten(0, 1)[:, None], [width // 2] * 4, mode="reflect")
+        rows = F.conv2d(mirrored, line.view(1, 1, -1, 1))
         out: Tensor = F.conv2d(rows, line.view(1, 1, 1, -1)).flatten(1).unflatten(0, x.shape[:2])
         return out
 

@@ -58,16 +58,18 @@ class Held(Objective):
 class ABL(Defense):
     """Anti-Backdoor Learning: isolate what is learned fastest, train on the rest, then unlearn the isolated samples.
 
-    1. Isolation: train on everything with `held` losses. Poison is learned fast and dips under any level; the held
-       losses of clean samples hover around it. The share `isolation_rate` of lowest cross entropy is isolated.
+    1. Isolation: train on everything with `held` losses. Poison is learned fast and, where the batch's mean is held,
+       sinks to zero while the losses of clean samples hover around the level; held sample by sample it hovers too (see
+       the docs' page on baselines). The share `isolation_rate` of lowest cross entropy is isolated.
     2. Fine-tuning: the same model goes on with plain cross entropy, on the rest (as the code does) or on all.
     3. Unlearning: a few epochs of gradient ascent on the isolated samples (`Unlearn`). Ascent has no lower bound: an
        epoch that ends in weights that are not finite is taken back and the ascent stops, which `evidence` tells.
 
     Scores: minus the cross entropy after the isolation stage. Flagged is what was isolated: a fixed share of any set,
     clean ones too, so there is no verdict. Suggested: the class that the final model ranks first among the others.
-    Deviations: the main training has the budget of this package (20, 60 and 20 epochs are the profile "paper"); the
-    ascent is guarded unless the profile says otherwise; small sets get floors of steps and of isolated samples. Profile
+    Deviations: the main training has the budget of this package (20, 60 and 20 epochs are the profile "paper");
+    small sets get floors of steps and of isolated samples. The ascent is not guarded: it works because batch norms see
+    nothing but isolated samples; with frozen statistics what was fine-tuned gives no gradient to climb. Profile
     "code": flooding of the batch's mean, 10 epochs, 4 of ascent at 5e-4, as in the published code; all code bases take
     the sign of the batch's mean, the paper's formula that of each sample's loss.
     """
@@ -79,7 +81,6 @@ class ABL(Defense):
             ),
             "main": Recipe(epochs=60, min_steps=0, learning_rate=0.1, weight_decay=1e-4),
             "unlearning": Ascent(epochs=20, min_steps=0, learning_rate=1e-4, weight_decay=1e-4),
-            "guards": "literal",
         },
         "code": {
             "hold": "flooding",
@@ -89,7 +90,6 @@ class ABL(Defense):
             ),
             "main": Recipe(epochs=60, min_steps=0, learning_rate=0.1, weight_decay=1e-4),
             "unlearning": Ascent(epochs=4, min_steps=0, learning_rate=5e-4, weight_decay=1e-4),
-            "guards": "literal",
         },
     }
 
@@ -112,7 +112,7 @@ class ABL(Defense):
     )
     guards: Annotated[
         Literal["guarded", "literal"], Field(description="of the ascent: clipping, frozen statistics, stop rule")
-    ] = "guarded"
+    ] = "literal"
 
     def run(self, job: Job) -> Outcome:
         """Isolate, fine-tune, unlearn."""

@@ -17,7 +17,7 @@ from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Recipe
+from antibackdoor.training.loop import Recipe, Steps
 from antibackdoor.training.objectives import Objective, Step
 from antibackdoor.training.scores import logits_of
 
@@ -136,7 +136,7 @@ class ANP(Defense):
     profiles: ClassVar[dict[str, dict[str, Any]]] = {"adaptive": {"max_drop": 0.02}}
 
     training: Annotated[Recipe, Field(description="training of the undefended model")] = Recipe()
-    masking: Annotated[Recipe, Field(description="training of the masks on the clean samples")] = Recipe(
+    masking: Annotated[Steps, Field(description="training of the masks on the clean samples")] = Steps(
         epochs=1, min_steps=2000, learning_rate=0.2, weight_decay=0.0, schedule="constant"
     )
     epsilon: Annotated[float, Field(ge=0, description="largest relative change of a neuron")] = 0.4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +104,13 @@ class DBR(Defense):
     something else than the speed of learning. Deviations: the transformation is this package's strong augmentation
     (the paper's: rotations, affine and flips); unlearning and relearning share every batch, where the code gives each
     its own half of an epoch; the code keeps the epoch of best test accuracy minus attack success, which no defender
-    knows: the last epoch counts here; small sets get floors of steps.
+    knows: the last epoch counts here; small sets get floors of steps, fewer than the 2,000 of the paper on CIFAR-10,
+    at five times its rate (the paper's own is the profile "paper"; in 1,000 steps on a small set it removed nothing).
     """
+
+    profiles: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {"removal": Recipe(epochs=20, min_steps=0, learning_rate=1e-4, schedule="constant")}
+    }
 
     look: Annotated[Recipe, Field(description="training of the model that sensitivity is read from")] = Recipe(
         epochs=2, min_steps=200, learning_rate=0.05, schedule="constant", augment="none"
@@ -119,7 +124,7 @@ class DBR(Defense):
     poison_rate: Annotated[float, Field(gt=0, lt=1, description="share of all samples that is unlearned")] = 0.05
     clean_rate: Annotated[float, Field(gt=0, lt=1, description="share of all samples that is relearned")] = 0.2
     removal: Annotated[Recipe, Field(description="unlearning and relearning")] = Recipe(
-        epochs=20, min_steps=400, learning_rate=1e-4, schedule="constant"
+        epochs=20, min_steps=400, learning_rate=5e-4, schedule="constant"
     )
     guards: Annotated[
         Literal["guarded", "literal"], Field(description="of the removal: clipping and frozen statistics")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, gather, in_order
 from antibackdoor.data.core import Data
+from antibackdoor.errors import InputError
+from antibackdoor.models.blocks import undisturbed
 from antibackdoor.training.objectives import forward
 
 
@@ -35,6 +38,38 @@ def logits_of(
         parts = [call(model, batch).float().cpu() for batch in in_order(data, size, fabric.device, rows)]
     model.train(was_training)
     return torch.cat(parts) if parts else torch.zeros(0, len(data.spec.classes))
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, data: Data, fabric: Fabric, rows: Tensor | None = None, *, size: int = 512) -> Tensor:
+    """Penultimate features `(m, D)` float32 on the CPU: what the classifying linear layer of any module is given.
+
+    That layer is the last `nn.Linear` that runs and has one output a logit; what it is given at several positions
+    `(m, ..., D)` is averaged over them. One batched pass in evaluation mode, without augmentation; the hooks are gone
+    afterwards. Raises InputError for a module that has no such layer.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        width = module.out_features
+        seen[int(width)] = args[0] if args else kwargs["input"]  # type: ignore[arg-type]
+
+    def features(batch: Batch) -> Tensor:
+        seen.clear()
+        width = forward(model, batch).shape[-1]
+        if width not in seen or len(seen[width]) != len(batch.rows):
+            raise InputError("this model does not end in a linear layer, so it has no features to look at.")
+        found = seen[width]
+        return found if found.dim() == 2 else found.flatten(1, -2).mean(1)
+
+    hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        with undisturbed(model), fabric.autocast():
+            parts = [features(batch).float().cpu() for batch in in_order(data, size, fabric.device, rows)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 
 @torch.no_grad()

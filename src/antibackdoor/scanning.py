@@ -1,0 +1,105 @@
+"""`scan`: verdict and suspects only, by a detector, at a fraction of the cost of a training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from antibackdoor.api import Findings, cost, model_name, open_run, suspects_table
+from antibackdoor.attention import attention_of
+from antibackdoor.bench.judge import Experiment, detection_measures
+from antibackdoor.data.core import Data, Splits
+from antibackdoor.detectors import AUTO, make_detector
+from antibackdoor.environment import environment
+from antibackdoor.errors import InputError
+from antibackdoor.options import values
+from antibackdoor.training.job import Job
+from antibackdoor.training.loop import Progress
+from antibackdoor.training.scores import logits_of
+
+MODEL = "auto-w16"
+"""What "auto" means here: the network is thrown away, so half the width of the one that `train` hands out will do."""
+
+
+def scan(
+    data: Splits | Data | str | Path | Dataset[Any],
+    *,
+    detector: str = "auto",
+    options: dict[str, Any] | None = None,
+    model: str | nn.Module = "auto",
+    network: nn.Module | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    experiment: Experiment | None = None,
+) -> Findings:
+    """Score every sample of an untrusted set and give a verdict, without training a model for use.
+
+    data, seed, device, precision, out, resume, progress, experiment: as for `train`.
+    detector: "auto" or a name; options: its hyper-parameters. model: what is trained where the detector needs a network
+    (epochs: for so long). network: a finished one to judge with instead, any module that ends in a linear layer.
+    `suspects["probability"]` is NaN where the detector estimates none. Raises InputError for bad input.
+    """
+    method = make_detector(detector, options)
+    if model == "auto":
+        model = MODEL
+    config = {
+        "detector": {"name": AUTO if detector == "auto" else detector, "options": values(method)},
+        "model": model_name(model if network is None else network),
+    }
+    if network is not None and method.watches_training:
+        name = config["detector"]["name"]  # type: ignore[index]
+        raise InputError(f"the detector {name!r} watches a training of its own, so it cannot judge with a network.")
+    splits, job = open_run(
+        data,
+        config,
+        model=model,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        precision=precision,
+        out=out,
+        resume=resume,
+        progress=progress,
+        experiment=experiment,
+    )
+    outcome = method.run(job, None if network is None else _ready(network, job))
+    job.write_history()
+    suspects = suspects_table(splits.train, outcome)
+    if not method.estimates_probability:
+        suspects["probability"] = float("nan")
+    known = {} if experiment is None else {"detection": detection_measures(outcome, experiment.truth)}
+    findings = Findings(
+        suspects=suspects,
+        verdict=method.verdict(splits.train, outcome),
+        metrics={**known, "cost": cost(job)},
+        history=job.history,
+        data=splits.train,
+        environment=environment(job.fabric),
+        attention=attention_of(job.data, outcome, job.fabric),
+    )
+    if job.folder is not None:
+        findings.save(job.folder)
+    return findings
+
+
+def _ready(network: nn.Module, job: Job) -> nn.Module:
+    """A copy on the job's device; InputError where it does not take the samples or has other classes."""
+    network = copy.deepcopy(network).to(job.fabric.device)
+    try:
+        width = logits_of(network, job.data, job.fabric, torch.arange(2)).shape[1]
+    except Exception as error:  # whatever a foreign module raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the network does not take these samples: {reason}") from None
+    if width != len(job.data.spec.classes):
+        raise InputError(f"the network knows {width} classes, but the data have {len(job.data.spec.classes)}.")
+    return network
