@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from antibackdoor.data.core import Data, Spec, Splits
     from antibackdoor.data.load import load
     from antibackdoor.errors import InputError
+    from antibackdoor.estimator import RobustClassifier
     from antibackdoor.runs import load_model
     from antibackdoor.scanning import scan
 
@@ -21,6 +22,7 @@ __all__ = [
     "Findings",
     "InputError",
     "Result",
+    "RobustClassifier",
     "Spec",
     "Splits",
     "load",
@@ -36,6 +38,7 @@ _ROOMS = {
     "InputError": "errors",
     "Result": "api",
     "Spec": "data.core",
+    "RobustClassifier": "estimator",
     "Splits": "data.core",
     "load": "data.load",
     "load_model": "runs",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import write_csv, write_json
 from antibackdoor.models import create, resolve
+from antibackdoor.models.pretrained import fingerprint, read_weights, take_weights
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import describe_data, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.tracking import Tracking
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
@@ -49,11 +52,16 @@ class Findings:
     environment: dict[str, Any]
     attention: Attention | None = None
 
+    def issues(self) -> pd.DataFrame:
+        """One row a sample in the order of the data, with the columns of cleanlab's issue tables."""
+        return issues_table(self.suspects, self.data.ids)
+
     def save(self, folder: str | Path) -> Path:
         """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "suspects.csv", self.suspects)
+        write_csv(folder / "history.csv", pd.DataFrame(self.history))
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
         if self.attention is not None:
@@ -116,6 +124,8 @@ def train(
     progress: Progress | None = None,
     experiment: Experiment | None = None,
     clean: Splits | Data | str | Path | Dataset[Any] | None = None,
+    weights: str | Path | None = None,
+    track: Sequence[str] = (),
 ) -> Result:
     """Train a clean model on an untrusted set, name the samples that look poisoned, and give a verdict.
 
@@ -124,6 +134,8 @@ def train(
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
     model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
+    weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
+    differs. track: experiment trackers to tell, "tensorboard", "mlflow", "wandb"; needs `out`.
     experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
     them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
@@ -132,6 +144,8 @@ def train(
     check_given(defense, method, extras)
     name = AUTO if defense == "auto" else defense
     config = {"defense": {"name": name, "options": values(method)}, "model": model_name(model)}
+    if weights is not None:
+        config["weights"] = fingerprint(Path(weights))
     splits, job = open_run(
         data,
         config,
@@ -145,7 +159,11 @@ def train(
         progress=progress,
         experiment=experiment,
         extras=extras,
+        weights=weights,
     )
+    tracking = Tracking(track, job.folder)
+    tracking.begin({**config, "seed": seed})
+    job.progress = tracking.watch(job.progress)
     outcome = method.run(job)
     job.write_history()
     result = Result(
@@ -162,6 +180,7 @@ def train(
     )
     if job.folder is not None:
         result.save(job.folder)
+    tracking.end(result.metrics)
     return result
 
 
@@ -179,11 +198,12 @@ def open_run(
     progress: Progress | None,
     experiment: Experiment | None,
     extras: Mapping[str, Data] | None = None,
+    weights: str | Path | None = None,
 ) -> tuple[Splits, Job]:
     """What every run starts with: data and settings checked, then the run folder, then a job in it.
 
     config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
-    is given, as "clean". Raises InputError before anything is written.
+    is given, as "clean". weights: a file that every model starts from. Raises InputError before anything is written.
     """
     splits = _splits(data)
     check_trainable(splits.train)
@@ -194,8 +214,11 @@ def open_run(
     given = dict(extras or {})
     if "clean" in given:
         _check_clean(given["clean"], splits.train)
-    if isinstance(model, str):
-        create(model, splits.train.spec)  # a wrong name or kind is told before anything is written
+    # A wrong name, kind or file of weights is told before anything is written.
+    fresh = create(model, splits.train.spec) if isinstance(model, str) else copy.deepcopy(model)
+    pretrained = None if weights is None else read_weights(Path(weights))
+    if pretrained is not None:
+        take_weights(fresh, pretrained, weights)
     fabric = make_fabric(device, precision)
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -214,6 +237,7 @@ def open_run(
         progress=progress,
         extras=given,
         epochs=epochs,
+        weights=pretrained,
     )
     return splits, job
 

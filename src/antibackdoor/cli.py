@@ -94,6 +94,13 @@ class CleanedForm(StrEnum):
     csv = "csv"
 
 
+class SuspectTable(StrEnum):
+    """Which table of suspects is written."""
+
+    suspects = "suspects"
+    issues = "issues"
+
+
 class Undecided(StrEnum):
     """What becomes of flagged samples that nobody decided about."""
 
@@ -225,7 +232,7 @@ def train(
     test: Test = None,
     defense: Annotated[str, typer.Option(help="auto, NAME or NAME:PROFILE; see `list defenses`.")] = "auto",
     settings: Settings = None,
-    model: Annotated[str, typer.Option(help="auto, NAME or NAME-wWIDTH; see `list models`.")] = "auto",
+    model: Annotated[str, typer.Option(help="auto, NAME or NAME-wWIDTH, see `list models`; or timm:NAME.")] = "auto",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the main training.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -246,6 +253,13 @@ def train(
         Path | None, typer.Option(metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.")
     ] = None,
     undecided: UndecidedOption = Undecided.drop,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE.safetensors", help="Fine-tune these local weights; never pickled ones.")
+    ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Tell a tracker: tensorboard, mlflow or wandb; can be repeated."),
+    ] = None,
     config: Config = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -294,6 +308,8 @@ def train(
             resume=resume,
             progress=progress,
             experiment=experiment,
+            weights=weights,
+            track=track or (),
             clean=trusted or None,
         )
     if as_json:
@@ -542,6 +558,31 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folde
     from antibackdoor.report import build_report
 
     typer.echo(str(build_report(folder)))
+
+
+@app.command(
+    epilog=_examples(
+        "antibackdoor export run suspects.parquet",
+        "antibackdoor export run issues.csv --table issues",
+        "antibackdoor export run model.onnx",
+    )
+)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="FILE", help="By its ending: a table .csv or .parquet, or the model .onnx.")
+    ],
+    table: Annotated[
+        SuspectTable, typer.Option(help="suspects: as in suspects.csv. issues: columns as in cleanlab's tables.")
+    ] = SuspectTable.suspects,
+    quiet: Quiet = False,
+) -> None:
+    """Write suspects as a table, or the model as ONNX, for other programs."""
+    from antibackdoor.exports import export_run
+
+    told = export_run(folder, out, table.value)
+    if not quiet:
+        typer.echo(told)
 
 
 @app.command(

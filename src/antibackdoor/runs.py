@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,28 @@ def describe_data(splits: Splits) -> dict[str, Any]:
         "test_samples": 0 if splits.test is None else len(splits.test),
         "samples_by_class": dict(zip(data.spec.classes, counts, strict=True)),
     }
+
+
+def issues_table(suspects: pd.DataFrame, ids: Sequence[str]) -> pd.DataFrame:
+    """Suspects in the form of cleanlab's issue tables: one row a sample, in the order of `ids`.
+
+    is_backdoor_issue: flagged. backdoor_score: in [0, 1], LOW for a suspicious sample, as all scores there; one minus
+    the probability or, of detectors that estimate none, minus the rank.
+    given_label, and predicted_label: the suggested label, else the given one.
+    """
+    table = suspects.set_index("id").loc[list(ids)]
+    chance = table["probability"].astype(float)
+    if chance.isna().any():  # some detectors only order the samples
+        chance = table["score"].rank(pct=True)
+    suggested = table["suggested_label"].where(table["suggested_label"] != "", table["label"])
+    return pd.DataFrame(
+        {
+            "is_backdoor_issue": table["flagged"].astype(bool),
+            "backdoor_score": 1 - chance.clip(0, 1),
+            "given_label": table["label"],
+            "predicted_label": suggested,
+        }
+    )
 
 
 def save_gallery(folder: Path, data: Data, suspects: pd.DataFrame, reference: Tensor | None = None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
+from antibackdoor.intervals import lower, upper
+from antibackdoor.threats import references
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """What `verdict.json` holds."""
-        return asdict(self)
+        return {**asdict(self), "references": references(self.poisoned)}
 
 
 NO_VERDICT = (
@@ -38,10 +39,11 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
         return Verdict(
             False, 0.0, evidence=["This method looks for no poison; train with a defense to have the data judged."]
         )
-    if "backdoor_class" not in evidence:
-        return Verdict(False, 0.0, evidence=[NO_VERDICT])
-    if evidence["backdoor_class"] < 0:
-        return Verdict(False, 0.0, evidence=["No class was singled out, so nothing was judged."])
+    if "by_class" in evidence:
+        return _by_class(data, evidence)
+    if evidence.get("backdoor_class", -1) < 0:
+        said = "No class was singled out, so nothing was judged." if "backdoor_class" in evidence else NO_VERDICT
+        return Verdict(False, 0.0, evidence=[said])
     name = data.spec.classes[evidence["backdoor_class"]]
     more, less, rest = (evidence[f"disagree_in_{part}"] for part in ("suspicious_half", "other_half", "rest_of_class"))
     asked = {"count": more["count"] + less["count"], "n": more["n"] + less["n"]}
@@ -54,34 +56,40 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
         f"Among the more suspicious half it is {more['count']} of {more['n']}, among the other half {less['count']} of "
         f"{less['n']}. In clean data what is learned first is the easiest, so the first share is the smaller one.",
     ]
-    known = _upper(rest)
-    many = _lower(asked) - max(known, MANY)
-    concentrated = _lower(more) - max(known, _upper(less))
+    known = upper(**rest)
+    many = lower(**asked) - max(known, MANY)
+    concentrated = lower(**more) - max(known, upper(**less))
     gap = max(many, concentrated)
     if gap <= 0:
         return Verdict(False, _sure(-gap), [], 0.0, sentences)
     return Verdict(True, _sure(gap), [name], evidence["flagged"] / len(data), sentences)
 
 
+def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
+    """Attacked classes: a model that learned from trusted samples takes many others of them for other classes."""
+    findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
+    if not any(found["n"] for found in findings.values()):
+        return Verdict(False, 0.0, evidence=["The model was never asked about the samples it was not shown."])
+    gaps = {name: lower(found["count"], found["n"]) - evidence["acquittal"] for name, found in findings.items()}
+    targets = [name for name, found in findings.items() if found["attacked"]]
+    shown = targets or [max(gaps, key=lambda name: gaps[name])]
+    sentences = [
+        f"Of {findings[name]['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
+        f"samples only takes {findings[name]['count']} for other classes, with confidence. Half of these were learned "
+        f"earlier than {findings[name]['early']:.0%} of all samples; clean ones that look like another class come late."
+        for name in shown
+    ]
+    if not targets:
+        return Verdict(False, _sure(-gaps[shown[0]]), [], 0.0, sentences)
+    return Verdict(
+        True, _sure(max(gaps[name] for name in targets)), targets, evidence["flagged"] / len(data), sentences
+    )
+
+
 MANY = 0.4
 """A clean class of which the main model takes more than this share for others, unseen, would be no class at all."""
 
 
-def _lower(part: dict[str, int], z: float = 1.64) -> float:
-    """Lower end of the Wilson interval of a share, one-sided 95 %."""
-    return _wilson(part, -z)
-
-
-def _upper(part: dict[str, int], z: float = 1.64) -> float:
-    """Upper end of the Wilson interval of a share, one-sided 95 %."""
-    return _wilson(part, z)
-
-
-def _wilson(part: dict[str, int], z: float) -> float:
-    n, p = part["n"], part["count"] / part["n"]
-    return (p + z * z / (2 * n) + z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
-
-
 def _sure(gap: float) -> float:
     """Confidence from the gap between two shares; not calibrated yet (a monotone map into 0.5 .. 0.99)."""
-    return round(min(0.99, 0.5 + gap), 3)
+    return round(min(0.99, max(0.5, 0.5 + gap)), 3)

@@ -20,20 +20,21 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 LAYERS = [
     {"errors"},
     {"settings"},
-    {"files", "options", "registry", "seeds"},
+    {"files", "intervals", "options", "registry", "seeds"},
     {"data"},
     {"models"},
     {"training"},
     {"attacks"},
     {"defenses"},
+    {"threats"},
     {"verdict"},
     {"detectors"},
-    {"attention", "environment"},
+    {"attention", "environment", "tracking"},
     {"bench"},
     {"report"},
     {"runs"},
     {"api"},
-    {"doctor", "estimator", "listing", "progress", "review", "scanning", "summary"},
+    {"doctor", "estimator", "exports", "listing", "progress", "review", "scanning", "summary"},
     {"demo"},
     {"cli"},
 ]
@@ -44,7 +45,11 @@ PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items
 """What `from antibackdoor import name` leads to."""
 BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
-HELPERS = {"attacks": {"base"}, "defenses": {"base", "dual_head", "suspects"}, "detectors": {"base"}}
+HELPERS = {
+    "attacks": {"base"},
+    "defenses": {"base", "dual_head", "hearing", "suspects", "witness"},
+    "detectors": {"base"},
+}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "os.system", "torch.load", "yaml.load", "pd.read_pickle", "pandas.read_pickle"}
 UNSAFE_KEYWORDS = {("allow_pickle", True), ("shell", True), ("weights_only", False)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from antibackdoor.defenses import abl, anp, dbr, dlp, e2abl, fine_pruning, harvey, mcr, nad, none
+from antibackdoor.defenses import abl, anp, dbr, dlp, e2abl, fine_pruning, harvey, jury, mcr, nad, none
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition, check_given
 from antibackdoor.errors import unknown
 from antibackdoor.options import build
@@ -40,6 +40,7 @@ __all__ = [
     "e2abl",
     "fine_pruning",
     "harvey",
+    "jury",
     "make_defense",
     "mcr",
     "nad",

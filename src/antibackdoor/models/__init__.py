@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
-from antibackdoor.models import classic
+from antibackdoor.models import classic, library
 from antibackdoor.models.layers import Normalize
 from antibackdoor.models.resnet import ResNet
 from antibackdoor.models.wideresnet import WideResNet
@@ -76,9 +76,12 @@ def resolve(name: str, spec: Spec) -> str:
 def create(name: str, spec: Spec, *, width: int | None = None) -> nn.Module:
     """A freshly initialized backbone for samples of `spec`.
 
-    name: a registered name, one with its width ("resnet18-w16"), or "auto". Weights come from torch's global generator.
+    name: a registered name, one with its width ("resnet18-w16"), "auto", or "timm:NAME". Weights come from torch's
+    global generator.
     Raises InputError for an unknown name, a width of 0 or given twice, and a model that does not take such data.
     """
+    if name.startswith(library.PREFIX):
+        return library.create_library(name.removeprefix(library.PREFIX), spec)
     name = resolve(name, spec)
     if suffix := re.fullmatch(r"(.+)-w(\d+)", name):
         if width is not None:

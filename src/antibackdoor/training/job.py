@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -19,6 +19,7 @@ from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.files import Tree, load_state, save_state, write_text
 from antibackdoor.models import create, set_normalization
+from antibackdoor.models.pretrained import take_weights
 from antibackdoor.seeds import derive
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
@@ -54,6 +55,7 @@ class Job:
     """One run of one method on one untrusted set.
 
     folder: where stages are kept, so that a killed run goes on; None keeps nothing.
+    weights: pretrained tensors that every model starts from, see `models.pretrained`.
     extras: what a method declares in `needs` and was given, for example {"clean": Data}.
     watch: what else is to be measured after every epoch, from the stage's name and its model; for experiments.
     """
@@ -72,6 +74,7 @@ class Job:
         extras: dict[str, Any] | None = None,
         epochs: int | None = None,
         batch_size: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
     ):
         self.fabric = fabric or make_fabric()
@@ -87,7 +90,7 @@ class Job:
         }
         self.history: list[dict[str, Any]] = []
         self.watch = watch
-        self._model = model
+        self._model, self._weights = model, weights
         self._names: set[str] = set()
 
     def model(self, name: str = "model") -> nn.Module:
@@ -98,6 +101,8 @@ class Job:
         else:
             model = create(self._model, self.data.spec)
             set_normalization(model, *self._statistics())
+        if self._weights is not None:
+            take_weights(model, self._weights, "the file of weights")
         return model.to(self.fabric.device)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:

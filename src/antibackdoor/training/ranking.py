@@ -75,6 +75,27 @@ class Persistence:
         self.seen, self.total = state["seen"], state["total"]
 
 
+def geometric(steps: int, count: int, first: int = 12) -> frozenset[int]:
+    """At most `count` moments between step `first` and the last of `steps`, each later by the same factor.
+
+    What separates poison from clean samples may happen within 50 steps or within 2,000, depending on the data; looks
+    whose distance grows with the steps taken serve both.
+    """
+    first = min(first, steps)
+    factor = (steps / first) ** (1 / max(1, count - 1))
+    return frozenset(min(steps, round(first * factor**i)) for i in range(count)) | {steps}
+
+
+def within(scores: Tensor, labels: Tensor) -> Tensor:
+    """Percentile `(n,)` in (0, 1) of each score among those of its label; ties follow the row number."""
+    percentile = torch.empty(len(scores), dtype=torch.float64)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        order = scores[rows].argsort(stable=True)
+        percentile[rows[order]] = (torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows)
+    return percentile
+
+
 def top(scores: Tensor, count: int) -> Tensor:
     """The row numbers of the `count` highest scores, ties broken by row number, so that the choice is reproducible."""
     return torch.argsort(scores, descending=True, stable=True)[:count]

@@ -1,0 +1,107 @@
+"""Jury: a sample keeps its label only if models that were not taught by that label can live with it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from antibackdoor.data.batches import gather, steps_per_epoch
+from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.dual_head import second_logits
+from antibackdoor.defenses.hearing import Hearing
+from antibackdoor.defenses.witness import Witness
+from antibackdoor.models.tap import Tap
+from antibackdoor.options import options
+from antibackdoor.training.job import Job
+from antibackdoor.training.loop import Recipe
+from antibackdoor.training.ranking import geometric, within
+from antibackdoor.training.scores import logits_of
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@DEFENSES.register("jury")
+@options
+class Jury(Defense):
+    """Two shallow witnesses choose whom to trust; the model learns from these, then hears all others.
+
+    1. Ease: a shallow model learns everything as labeled; poison, once learned, stays easy. `e`: percentile, within
+       the samples of the same label, of `Persistence` over looks at geometric steps.
+    2. Home: for each class a shallow outsider learns all OTHER classes. A sample that only the trigger ties to its
+       label looks to it like one of its own: `h`, its confidence in another class.
+       Where classes are hard to tell apart, ease shows the poison and outsiders are unsure of everything; where they
+       are easy, everything is learned at once, but outsiders are sure of poison only. Suspicion: `max(e, h)`.
+    3. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
+       a few leaked triggers are not learned; it ends if no class turns out to be attacked.
+    4. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
+       attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval) and
+       these were learned early, in the easier half of the whole set: clean samples that look like another class come
+       late. They learn as what it takes them for; samples it agrees with get their label back, but for the `excluded`
+       share with the most suspicion. A class that was not attacked gets all its labels back.
+
+    What it cannot see: clean-label poison (the model agrees with its label), and, with two classes, it has no
+    outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
+    """
+
+    trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
+        epochs=8, min_steps=200, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
+    )
+    looks: Annotated[int, Field(ge=1, description="how many looks at the losses there are at most")] = 14
+    outsider: Annotated[Recipe, Field(description="of the shallow models that each lack some classes")] = Recipe(
+        epochs=1, min_steps=150, batch_size=64, learning_rate=0.05, augment="none"
+    )
+    groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
+    trusted: Annotated[float, Field(gt=0, le=1, description="share of each class that is trusted from the start")] = (
+        0.35
+    )
+    hearing: Annotated[Share, Field(description="share of the epochs before the others are heard")] = 0.4
+    confidence: Annotated[Share, Field(description="of an answer that counts against the given label")] = 0.9
+    acquittal: Annotated[Share, Field(description="a class of which more is taken for others may be attacked")] = 0.03
+    excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
+    main: Annotated[Recipe, Field(description="of the model; its augmentation once all classes are acquitted")] = (
+        Recipe()
+    )
+
+    def run(self, job: Job) -> Outcome:
+        """Question the witnesses, train the model, and judge."""
+        given = job.data.y.cpu()
+        ease, home = self._ease(job), self._home(job, given)
+        suspicion = torch.maximum(within(ease, given), home)
+        model = job.model()
+        hearing = Hearing(self, job, model, within(suspicion, given), ease)
+        job.fit("training", model, hearing, job.recipe(self.main))
+        return hearing.outcome(model)
+
+    def _tapped(self, job: Job, name: str) -> Tap:
+        example = gather(job.data, torch.arange(2), job.fabric.device)
+        tap = Tap(job.model(name), None, len(job.data.spec.classes), example.x, example.lengths)
+        return tap.to(job.fabric.device)
+
+    def _ease(self, job: Job) -> Tensor:
+        n, tap = len(job.data), self._tapped(job, "trap")
+        steps = self.trap.epochs_for(n) * steps_per_epoch(n, self.trap.batch_for(n))
+        witness = Witness(job, geometric(steps, self.looks))
+        job.fit("trap", tap, witness, self.trap, parameters=tap.warm_up_parameters())
+        return witness.ranking.scores()
+
+    def _home(self, job: Job, given: Tensor) -> Tensor:
+        """`(n,)`: the confidence in another class of the outsider that was never shown a sample of this label."""
+        classes = len(job.data.spec.classes)
+        groups = min(classes, self.groups)
+        group = torch.arange(classes) % groups
+        home = torch.zeros(len(given), dtype=torch.float64)
+        for number in range(groups):
+            inside = group[given] == number
+            known = given[~inside].unique()
+            if not inside.any() or len(known) < 2:  # whoever knows one class only is sure of everything
+                continue
+            name, rows = f"outsider {number}", inside.nonzero().flatten()
+            tap = self._tapped(job, name)
+            others = (~inside).nonzero().flatten()
+            job.fit(name, tap, Witness(job), self.outsider, rows=others, parameters=tap.warm_up_parameters())
+            logits = logits_of(tap, job.data, job.fabric, rows, call=second_logits).double()
+            home[rows] = logits[:, known].softmax(1).max(1).values
+        return home

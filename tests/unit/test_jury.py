@@ -1,0 +1,156 @@
+"""The hearing of `jury`: who learns as what, which class counts as attacked, and what the verdict says of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tiny import FABRIC
+from tests.toy import toy_images
+from torch import Tensor
+
+from antibackdoor.data.batches import gather
+from antibackdoor.defenses.hearing import OUT, Hearing
+from antibackdoor.defenses.jury import Jury
+from antibackdoor.intervals import lower, upper
+from antibackdoor.training.job import Job
+from antibackdoor.training.ranking import geometric, within
+from antibackdoor.verdict import decide
+
+
+def test_within_is_the_percentile_among_the_same_label() -> None:
+    scores, labels = torch.tensor([5.0, 1.0, 3.0, 9.0, 8.0]), torch.tensor([0, 0, 0, 0, 1])
+    assert within(scores, labels).tolist() == pytest.approx([0.625, 0.125, 0.375, 0.875, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "expected"),
+    [(1, 5, {1}), (12, 3, {12}), (48, 3, {12, 24, 48}), (1200, 3, {12, 120, 1200}), (100, 1, {12, 100})],
+)
+def test_looks_are_a_factor_apart_and_the_last_step_is_one(steps: int, count: int, expected: set[int]) -> None:
+    assert geometric(steps, count) == expected
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 10), (3, 10), (10, 10), (50, 100)])
+def test_the_interval_holds_the_share(count: int, n: int) -> None:
+    assert 0 <= lower(count, n) <= count / n <= upper(count, n) <= 1 + 1e-12
+    assert lower(10 * count, 10 * n) >= lower(count, n) - 1e-12  # more samples, more certainty
+
+
+def test_nothing_to_count_tells_nothing() -> None:
+    assert (lower(0, 0), upper(0, 0)) == (0.0, 1.0)
+
+
+class Court:
+    """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
+
+    def __init__(self, **options: float):
+        self.data = toy_images(40)
+        self.given = self.data.y
+        self.place = torch.stack([(self.given[:i] == self.given[i]).sum() for i in range(40)])
+        self.options = Jury(trusted=0.5, excluded=0.2, **options)
+        self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
+        self.ease = self.place.double()
+        self.hearing = Hearing(self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease)
+
+    def hear(self, answers: Tensor, confidence: float = 0.99) -> None:
+        """What the model is made to say of every sample."""
+        sure = torch.full((40,), confidence, dtype=torch.float64)
+        self.hearing._answers = lambda rows=None: (sure, answers) if rows is None else (sure[rows], answers[rows])  # type: ignore[method-assign]
+        self.hearing._hear(1)
+
+
+def test_only_the_least_suspicious_of_each_class_learn_at_first() -> None:
+    court = Court()
+    assert torch.equal(court.hearing.labels != OUT, court.place < 5)
+    assert torch.equal(court.hearing.labels[court.place < 5], court.given[court.place < 5])
+
+
+def test_samples_without_a_label_give_their_places_to_others() -> None:
+    court = Court()
+    plain = gather(court.data, (court.place >= 4).nonzero().flatten(), torch.device("cpu"))
+    batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
+    assert len(batch.rows) == len(plain.rows) and (court.place[batch.rows] < 5).all()
+    assert torch.equal(batch.y, court.given[batch.rows])
+
+
+def test_views_are_strong_until_all_classes_are_acquitted() -> None:
+    court = Court()
+    plain = gather(court.data, (court.place < 5).nonzero().flatten(), torch.device("cpu"))
+
+    def changed() -> bool:
+        batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
+        return not torch.equal(batch.x, plain.x)
+
+    assert changed()
+    court.hear(court.given)
+    assert not changed()
+
+
+def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:
+    court = Court()
+    answers = court.given.clone()
+    planted = (court.given == 1) & (court.place >= 6)
+    answers[planted] = 2
+    court.hear(answers)
+    found = court.hearing.findings
+    assert [f["attacked"] for f in found] == [False, True, False, False]
+    assert (found[1]["count"], found[1]["n"]) == (4, 5) and found[1]["early"] > 0.5
+    assert (court.hearing.labels[planted] == 2).all()
+    assert torch.equal(court.hearing.labels[~planted], court.given[~planted])
+
+
+def test_agreement_does_not_bring_back_the_most_suspicious_of_an_attacked_class() -> None:
+    court = Court()
+    answers = court.given.clone()
+    answers[(court.given == 1) & (court.place >= 5) & (court.place < 8)] = 3
+    court.hear(answers)
+    kept_out = (court.given == 1) & (court.place >= 8)
+    assert (court.hearing.labels[kept_out] == OUT).all()
+    assert not (court.hearing.labels[~kept_out] == OUT).any()
+
+
+def test_samples_learned_late_accuse_nobody() -> None:
+    court = Court()
+    court.hearing.early = 1 - court.hearing.early
+    answers = torch.where((court.given == 1) & (court.place >= 5), 2, court.given)
+    court.hear(answers)
+    assert not any(f["attacked"] for f in court.hearing.findings)
+    assert torch.equal(court.hearing.labels, court.given)
+
+
+def test_an_unsure_model_accuses_nobody() -> None:
+    court = Court()
+    court.hear(torch.where(court.given == 1, 2, court.given), confidence=0.6)
+    assert not any(f["attacked"] for f in court.hearing.findings)
+
+
+def test_a_class_once_found_attacked_stays_so() -> None:
+    court = Court()
+    court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
+    court.hear(court.given)
+    assert court.hearing.findings[1]["attacked"] and court.hearing.findings[1]["count"] == 5
+
+
+def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
+    court = Court()
+    answers = torch.where((court.given == 1) & (court.place >= 5), 2, court.given)
+    court.hear(answers)
+    outcome = court.hearing.outcome(court.job.model())
+    verdict = decide(court.data, outcome)
+    assert verdict.poisoned and verdict.target_classes == [court.data.spec.classes[1]]
+    assert set(court.given[outcome.flagged].tolist()) <= {1}
+
+
+def test_before_any_hearing_the_verdict_finds_nothing() -> None:
+    court = Court()
+    verdict = decide(court.data, court.hearing.outcome(court.job.model()))
+    assert not verdict.poisoned and verdict.confidence == 0
+
+
+def test_one_sample_of_a_class_is_trusted() -> None:
+    data = toy_images(40)
+    data.y[data.y == 3] = 0
+    data.y[0] = 3
+    job = Job(data, model="resnet18-w4", fabric=FABRIC)
+    hearing = Hearing(Jury(), job, job.model(), within(torch.rand(40), data.y), torch.rand(40))
+    assert hearing.trusted[0]
