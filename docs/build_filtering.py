@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from antibackdoor.bench.ledger import markdown, read_ledger
+from antibackdoor.bench.ledger import read_ledger
+from antibackdoor.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
@@ -112,7 +113,7 @@ def drawing(panels: dict[tuple[str, str], Points]) -> str:
 
 def page() -> tuple[str, str]:
     """The text and the drawing."""
-    records = read_ledger(ROOT / "results" / "filtering")
+    records = list(read_ledger(ROOT / "results" / "filtering").values())
     if not series(records):
         raise SystemExit("no results yet: antibackdoor bench experiments/filtering.toml --out results/filtering")
     return "\n".join([HEAD, markdown(table(records))]), drawing(series(records))

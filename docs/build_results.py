@@ -1,8 +1,15 @@
-"""Writes docs/results.md from the ledger: python docs/build_results.py"""
+"""Writes the pages and figures that follow from the ledger: python docs/build_results.py"""
 
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from antibackdoor.bench.ledger import detection_table, markdown, read_ledger, table
+from antibackdoor.bench.declared import Results, figures_of, lines_of, number, tidy, wide
+from antibackdoor.bench.grid import Grid, read_grid
+from antibackdoor.bench.ledger import read_ledger
+from antibackdoor.bench.tables import detection_table, markdown, table
+from antibackdoor.report.svg import chart
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,12 +30,27 @@ PARTS = {
     "first-results-cifar10": "## CIFAR-10, small scale\n\n20,000 training images, test set, ResNet-18 of width 16.",
 }
 
+REPRODUCED = """# What we could and could not reproduce
+
+Made from the ledger by `python docs/build_results.py`; do not edit. Every table and figure of the two papers that this
+package re-implements stands here with what our runs gave:
+
+- E2ABL: Jiang, Ma, Erfani, Li, Bailey, End-to-End Anti-Backdoor Learning on Images and Time Series, arXiv 2401.03215.
+- DLP: Ying, Wu, DLP: towards active defense against backdoor attacks with decoupled learning process, 2023.
+
+A place reads `mean ± standard deviation ×seeds [as published]`, in per cent; ASR is the attack success rate and CA the
+clean accuracy after the last epoch. "not run" is what it says; "excluded" gives the reason. The last column tells
+whether the attack takes on an undefended model of the same scale: where it did not, the row says nothing about a
+defense. What was run so far was run at a reduced scale, stated above each table, so that differences from the paper
+have that reason first; `antibackdoor bench experiments/NAME.toml --profile paper` runs the papers' scale on a GPU.
+"""
+
 
 def results() -> str:
-    """The whole page."""
+    """The page of the first results."""
     parts = [HEAD]
     for name, title in PARTS.items():
-        records = read_ledger(ROOT / "results" / name)
+        records = list(read_ledger(ROOT / "results" / name).values())
         if not records:
             continue
         parts += [title, "", markdown(table(records))]
@@ -42,5 +64,83 @@ def results() -> str:
     return "\n".join(parts)
 
 
+def reproduced() -> dict[str, str]:
+    """The page of what was and was not reproduced, and its figures, by file name."""
+    ledger, files = Results(ROOT / "results"), {}
+    explanations = tomllib.loads((ROOT / "docs" / "explanations.toml").read_text(encoding="utf-8"))
+    parts = [REPRODUCED]
+    for path in sorted((ROOT / "experiments").glob("*-*.toml")):
+        for grid in profiles(path, ledger):
+            for spec in grid.tables:
+                parts += table_part(grid, spec, ledger, explanations.get("explanation", []))
+            for spec in grid.figures:
+                name = f"figures/{spec['id']}{'' if grid.profile == 'cpu' else '-' + grid.profile}.svg"
+                lines = lines_of(grid, spec, ledger)
+                parts += [f"## {spec['title']}\n", f"{scale(grid)}\n", f"{spec['printed']}\n"]
+                if any(lines.values()):
+                    files[name] = chart(lines, x_label=spec["x"])
+                    parts.append(f"![{spec['title']}]({name})\n")
+                else:
+                    parts.append("Not run.\n")
+    return {"reproduction.md": "\n".join(parts), **files}
+
+
+def profiles(path: Path, ledger: Results) -> Iterator[Grid]:
+    """The grid under its first profile, and under the others as far as something of them was run."""
+    first = read_grid(path)
+    if not first.tables and not first.figures:
+        return
+    yield first
+    for name in tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {}):
+        grid = read_grid(path, name)
+        if name != first.profile and any(ledger.of(place) for place in grid.places):
+            yield grid
+
+
+def scale(grid: Grid) -> str:
+    """How a grid's profile differs from the paper."""
+    return f"Scale: {grid.description}." if grid.description else ""
+
+
+def table_part(grid: Grid, spec: Mapping[str, Any], ledger: Results, explanations: list[dict[str, Any]]) -> list[str]:
+    """A table, and, row by row, how it differs from the published one."""
+    places = figures_of(grid, spec, ledger)
+    done = sum(bool(place.values) for place in places)
+    parts = [f"## {spec['title']}\n", f"{scale(grid)} {done} of {len(places)} places have results.\n"]
+    parts.append(markdown(wide(spec, places)))
+    if spec.get("note"):
+        parts.append(f"{spec['note']}\n")
+    compared = tidy(spec, places).dropna(subset=["mean", "published"])
+    if len(compared):
+        names = [*spec["rows"], *spec.get("columns", [])]
+        rows = compared[[*names, "measure"]].copy()
+        for name in ("mean", "published", "difference"):
+            rows[name] = [number(value) for value in compared[name]]
+        rows["explanation"] = [
+            explanation(explanations, spec["id"], row, place["undefended"])
+            for row, (_, place) in zip(rows.to_dict("records"), compared.iterrows(), strict=True)
+        ]
+        parts += ["Against the published figures:\n", markdown(rows)]
+    return parts
+
+
+def explanation(explanations: list[dict[str, Any]], name: str, row: dict[Any, Any], undefended: str) -> str:
+    """The first explanation that was written for this row; that its attack did not take explains any other."""
+    if undefended not in {"takes", ""}:
+        return undefended
+    for entry in explanations:
+        wanted = entry.get("where", {})
+        if entry["table"] in {name, "*"} and all(row.get(key) == value for key, value in wanted.items()):
+            return str(entry["text"])
+    return ""
+
+
+def pages() -> dict[str, str]:
+    """Everything that this script writes, by its place under docs/."""
+    return {"results.md": results(), **reproduced()}
+
+
 if __name__ == "__main__":
-    (ROOT / "docs" / "results.md").write_text(results(), encoding="utf-8")
+    for name, text in pages().items():
+        (ROOT / "docs" / name).parent.mkdir(exist_ok=True)
+        (ROOT / "docs" / name).write_text(text, encoding="utf-8")

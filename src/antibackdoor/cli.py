@@ -119,6 +119,21 @@ class What(StrEnum):
     datasets = "datasets"
 
 
+class Engine(StrEnum):
+    """Where the cells of a benchmark run."""
+
+    local = "local"
+    ray = "ray"
+
+
+class TableFormat(StrEnum):
+    """How tables are printed."""
+
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
+
 class Kind(StrEnum):
     """Which data the demo runs on."""
 
@@ -633,40 +648,62 @@ def review(
 def bench(
     grid: Annotated[Path | None, typer.Argument(metavar="GRID.toml", help="Which cells to run.")] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The ledger: one JSON a cell; what is there is not run again.")
+        Path,
+        typer.Option(metavar="DIR", help="The ledger: one JSON a cell; what lies anywhere under it is not run again."),
     ] = Path("results"),
-    plan: Annotated[bool, typer.Option("--plan", help="Only tell which cells are done and which are missing.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Only print the tables of the ledger, in Markdown.")] = False,
+    profile: Annotated[str | None, typer.Option(help="One of the grid's profiles [default: its first].")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only tell which cells are done and missing, and how long they will take.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only print tables: those that the grid declares, or of the whole ledger.")
+    ] = False,
+    form: Annotated[TableFormat, typer.Option("--format", help="Of the tables.")] = TableFormat.markdown,
+    engine: Annotated[Engine, typer.Option(help="Processes on this machine, or a Ray cluster.")] = Engine.local,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Cells at once on this machine [default: one a core]; 0: no processes.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray: of the cluster; auto finds one on this machine.")] = None,
+    cpus: Annotated[float, typer.Option("--cpus-per-cell", min=0, help="Ray: CPUs that a cell takes.")] = 1,
+    gpus: Annotated[float, typer.Option("--gpus-per-cell", min=0, help="Ray: GPUs that a cell takes.")] = 0,
     stages: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where checkpoints of unfinished cells are kept (OUT/.stages).")
     ] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Run a grid of attacks x defenses x models x data sets x seeds, one cell after the other; resumable."""
+    """Run a grid of attacks x defenses x models x data sets x rates x seeds; resumable; several may share a ledger."""
+    from antibackdoor.bench.declared import tables_text
+    from antibackdoor.bench.engines import make_engine
     from antibackdoor.bench.grid import read_grid
-    from antibackdoor.bench.ledger import detection_table, markdown, read_ledger, run_cells
-    from antibackdoor.bench.ledger import table as summary
-    from antibackdoor.progress import show
+    from antibackdoor.bench.ledger import Ledger
+    from antibackdoor.bench.machine import cores
+    from antibackdoor.bench.plan import Estimates, plan_text
+    from antibackdoor.bench.run import run_cells
+    from antibackdoor.progress import show_cells
 
-    cells = [] if grid is None else read_grid(grid)
     if grid is None and not table:
         raise InputError("give a grid to run, or --table to see what the ledger holds.")
-    broken = 0
-    if plan:
-        for cell in cells:
-            typer.echo(f"{'done   ' if (out / f'{cell.name()}.json').exists() else 'missing'} {cell.name()}")
+    read = None if grid is None else read_grid(grid, profile)
+    cells, ledger, broken = [] if read is None else read.cells(), Ledger(out), []
+    if plan and read is not None:
+        names = [name for cell in cells if (name := cell.name()) in ledger]
+        typer.echo(
+            plan_text(
+                cells, read.excluded(), names, Estimates(out, device), max(1, cores() if workers is None else workers)
+            )
+        )
         return
     if not table:
-        with show(_console(stderr=True, quiet=quiet), quiet=quiet) as progress:
+        chosen = make_engine(engine.value, workers=workers, address=address, cpus=cpus, gpus=gpus)
+        with show_cells(_console(stderr=True), quiet=quiet) as watcher:
             broken = run_cells(
-                cells, out, stages=stages or out / ".stages", device=device, progress=progress, tell=typer.echo
+                cells, ledger, chosen, stages=(stages or out / ".stages").resolve(), device=device, watcher=watcher
             )
-    records = read_ledger(out)
-    for frame in (summary(records), detection_table(records)):
-        typer.echo(markdown(frame))
+    if not quiet or table:
+        typer.echo(tables_text(read, out, form.value))
     if broken:
-        raise InputError(f"{broken} of {len(cells)} cells broke; their *.error.json in {out} tell why.")
+        raise InputError(f"{len(broken)} of {len(cells)} cells broke; their *.error.json in {out} tell why.")
 
 
 @app.command()

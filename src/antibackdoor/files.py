@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,6 +39,27 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold `path`, which is made where it does not exist, against other processes; they end with their holder.
+
+    wait: for whoever holds it; without, False is given where somebody does. Systems without such locks always give
+    True.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    import fcntl
+
+    with path.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def write_text(path: Path, text: str) -> None:

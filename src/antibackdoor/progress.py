@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Display
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from antibackdoor.bench.run import Watcher
     from antibackdoor.training.loop import Progress
 
 QUIET_SECONDS = 5.0
 """Where there is no terminal, at most one line in this time, and one at the end of each stage."""
+QUIET_SECONDS_CELLS = 60.0
+"""The same for the epochs of a benchmark's cells."""
 
 
 @contextmanager
@@ -45,6 +48,65 @@ def show(console: Console, *, quiet: bool = False, title: str = "", every: bool 
     with Display(*columns, console=console) as display:
         live = _Live(display, title)
         yield Progress(start=live.start, step=live.step, epoch=live.epoch)
+
+
+@contextmanager
+def show_cells(console: Console, *, quiet: bool = False) -> Iterator[Watcher]:
+    """A `Watcher` for a benchmark: a line for each cell that ends; on a terminal, a bar for each that runs."""
+    from antibackdoor.bench.run import Watcher
+
+    if quiet:
+        yield Watcher()
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+        TimeRemainingColumn(),
+    )
+    with Display(*columns, console=console, disable=not console.is_terminal) as display:
+        yield _cells(console, display)
+
+
+def _cells(console: Console, display: Display) -> Watcher:
+    from antibackdoor.bench.engines import Event
+    from antibackdoor.bench.run import Watcher
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    class Cells(Watcher):
+        def begin(self, missing: int, done: int) -> None:
+            self.missing, self.ended, self.bars, self.told = missing, 0, dict[str, TaskID](), time.monotonic()
+            self.all = display.add_task("all", total=missing, unit="cells")
+            say(f"{missing} cells to run, {done} done before")
+
+        def start(self, name: str) -> None:
+            self.bars[name] = display.add_task(name, total=1, unit="epochs")
+
+        def epoch(self, name: str, content: dict[str, Any]) -> None:
+            epoch, epochs, stage = content["epoch"], content["epochs"], content["stage"]
+            display.update(self.bars[name], description=f"{name}: {stage}", completed=epoch, total=epochs)
+            if not console.is_terminal and time.monotonic() - self.told > QUIET_SECONDS_CELLS:
+                self.told = time.monotonic()
+                say(f"{name}: {stage}, epoch {epoch}/{epochs}")
+
+        def end(self, name: str, event: Event) -> None:
+            display.remove_task(self.bars.pop(name))
+            self.ended += event.kind != "lost"
+            display.update(self.all, completed=self.ended)
+            say(f"[{self.ended}/{self.missing}] {name}: {_outcome(event.kind, event.content)}")
+
+    return Cells()
+
+
+def _outcome(kind: str, content: dict[str, Any]) -> str:
+    if kind != "done":
+        return f"{kind}: {content['error']}"
+    measures = content["measures"]
+    shown = {"CA": "clean_accuracy", "ASR": "attack_success_rate", "RA": "recovery_accuracy"}
+    parts = [f"{short} {100 * measures[long]['value']:.1f}" for short, long in shown.items() if long in measures]
+    return f"{', '.join(parts)} in {content['cost']['seconds']:.0f} s"
 
 
 class _Live:

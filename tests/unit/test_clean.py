@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import antibackdoor
 from antibackdoor.bench import cell as benchmark
 from antibackdoor.bench.cell import Cell, carve, run_cell
-from antibackdoor.bench.ledger import table
+from antibackdoor.bench.tables import table
 from antibackdoor.cli import app
 from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Data, Splits

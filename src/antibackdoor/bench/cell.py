@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +21,10 @@ from antibackdoor.bench.judge import (
     partition_measures,
     selection_measures,
     stage_measures,
+    trace_of,
 )
+from antibackdoor.bench.ledger import digest
+from antibackdoor.bench.machine import peak_memory, reset_peak_memory
 from antibackdoor.bench.poisoned import poison
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.load import load
@@ -38,6 +43,10 @@ CLEAN_SHARE = 0.05
 """What a defense that needs clean samples gets of the training set; the share of all papers that compare such."""
 GATE = 0.95
 """Undefended attack success rate under which an attack "did not take"; it depends on the attack only."""
+
+
+CHECKPOINT_SECONDS = 2.0
+"""A killed cell loses its current epoch, or, where epochs are shorter than this, so much of them."""
 
 
 @options
@@ -63,6 +72,7 @@ class Cell:
         float | None,
         Field(gt=0, lt=1, description=f"of training set, for defenses that need clean samples; {CLEAN_SHARE}"),
     ] = None
+    trace: Annotated[Literal[True] | None, Field(description="also measure the model after every epoch")] = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
@@ -126,12 +136,14 @@ def run_cell(
     folder: where its stages are kept, so that a killed cell goes on. attacks: where attacks that train something are
     kept, so that all cells of a grid share them.
     """
-    splits = load(cell.data)
-    defense, train, extras = make_defense(cell.defense, cell.defense_options), subset(splits.train, cell.train_size), {}
+    started = time.perf_counter()
+    reset_peak_memory()
+    full = _load(cell.data)
+    defense, train, extras = make_defense(cell.defense, cell.defense_options), subset(full.train, cell.train_size), {}
     if "clean" in defense.needs:
         train, extras["clean"] = carve(train, cell.clean_share or CLEAN_SHARE, cell.seed)
     check_given(cell.defense, defense, extras)
-    splits = Splits(train, splits.test)
+    splits = Splits(train, full.test)
     if splits.test is None:
         raise InputError(f"{cell.data!r} has no test set, so nothing can be measured on it.")
     fabric, experiment, stealth, data = make_fabric(device), None, None, splits.train
@@ -157,13 +169,16 @@ def run_cell(
         extras=extras,
         epochs=cell.epochs,
         batch_size=cell.batch_size,
+        watch=trace_of(data, splits.test, experiment, fabric) if cell.trace else None,
     )
+    job.checkpoint_seconds = CHECKPOINT_SECONDS
     outcome = defense.run(job)
     cost = {
         "seconds": round(sum(row["seconds"] for row in job.history), 1),  # of all stages, also when it was resumed
         "steps": {stage: max(r["steps"] for r in job.history if r["stage"] == stage) for stage in _stages(job.history)},
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "threads": torch.get_num_threads(),
+        "peak_memory_mib": peak_memory(),
     }
     measures: dict[str, Any]
     if experiment is None:
@@ -202,11 +217,19 @@ def run_cell(
     return {
         "cell": cell.resolved(),
         "environment": environment(fabric),
+        "scale": {"train": len(data), "train_full": len(full.train), "test": len(splits.test)},
         "measures": measures,
         "verdict_evidence": outcome.evidence,
-        "cost": cost,
+        "cost": {**cost, "wall_seconds": round(time.perf_counter() - started, 3)},
+        "history_digest": digest(job.history),
         "history": job.history,
     }
+
+
+@lru_cache(maxsize=1)
+def _load(name: str) -> Splits:
+    """Cells of one process that come after each other often use the same set."""
+    return load(name)
 
 
 def _stages(history: list[dict[str, Any]]) -> list[str]:

@@ -1,169 +1,91 @@
-"""The ledger: one small JSON a cell, written once and never edited; tables are made from it."""
+"""The ledger: a folder with one small JSON a cell, written once and never edited; tables are made from it."""
 
 from __future__ import annotations
 
-import statistics
-import traceback
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from antibackdoor.files import lock, read_json, write_text
 
-from antibackdoor.bench.cell import GATE, GATES, Cell, run_cell
-from antibackdoor.files import read_json, write_json
-from antibackdoor.training.loop import Progress
-
-COLUMNS = {
-    "CA": "clean_accuracy",
-    "ASR": "attack_success_rate",
-    "excess ASR": "excess_attack_success_rate",
-    "RA": "recovery_accuracy",
-}
+Record = dict[str, Any]
 
 
-def run_cells(
-    cells: Iterable[Cell],
-    ledger: Path,
-    *,
-    stages: Path,
-    device: str = "auto",
-    progress: Progress | None = None,
-    tell: Callable[[str], None] = print,
-) -> int:
-    """Run the cells that the ledger lacks, one after the other; returns how many broke.
+class Ledger:
+    """Records by the name of their cell, anywhere under one folder; new ones are written to the folder itself."""
 
-    A cell that breaks leaves `NAME.error.json` and does not stop the rest; it is tried again next time. stages: a
-    scratch folder in which a killed cell's checkpoints wait for the next call.
-    """
-    ledger.mkdir(parents=True, exist_ok=True)
-    broken = 0
-    for cell in cells:
-        path, error = ledger / f"{cell.name()}.json", ledger / f"{cell.name()}.error.json"
-        if path.exists():
-            continue
-        tell(f"{cell.name()} ...")
-        folder = stages / cell.name()
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            record = run_cell(cell, folder=folder, attacks=stages / "attacks", device=device, progress=progress)
-            write_json(path, record)
-        except Exception as problem:
-            broken += 1
-            write_json(error, {"cell": cell.resolved(), "error": repr(problem), "traceback": traceback.format_exc()})
-            tell(f"  broke: {problem}")
-            continue
-        error.unlink(missing_ok=True)
-        measures = record["measures"]
-        shown = [f"{short} {measures[long]['value']:.3f}" for short, long in COLUMNS.items() if long in measures]
-        tell(f"  {', '.join(shown)} in {record['cost']['seconds']:.0f} s")
-    return broken
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._found: dict[str, Path] = {path.stem: path for path in _paths(folder)}
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the cell is done, also when another process has just finished it."""
+        return name in self._found or (self.folder / f"{name}.json").exists()
 
-def read_ledger(ledger: Path) -> list[dict[str, Any]]:
-    """All records of a ledger folder, by name."""
-    paths = sorted(ledger.rglob("*.json")) if ledger.is_dir() else []
-    return [read_json(path) for path in paths if not path.name.endswith(".error.json")]
+    def write(self, name: str, record: Record) -> None:
+        """Put a finished cell in place, in one step; its earlier error is forgotten."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.json"
+        write_text(path, compact(record))
+        self._found[name] = path
+        self._error(name).unlink(missing_ok=True)
 
+    def write_error(self, name: str, error: Record) -> None:
+        """Say why a cell broke, in `NAME.error.json`; it is tried again by the next call."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._error(name), compact(error))
 
-def table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each (data, budget, model, attack, defense): mean and standard deviation over n seeds, in per cent.
+    def error(self, name: str) -> str | None:
+        """What went wrong with a cell, where something did."""
+        path = self._error(name)
+        return str(read_json(path)["error"]) if path.exists() else None
 
-    Rows of attacks that stay under their gate without a defense say "attack did not take"; where the undefended cell is
-    not in the ledger, they say so.
-    """
-    groups = _groups(records)
-    rows = []
-    for key, members in groups.items():
-        row = _labels(key)
-        for short, long in COLUMNS.items():
-            row[short] = _mean(_values(members, long))
-        row["n"] = len(members)
-        undefended = [m for k, ms in groups.items() if k[:-1] == key[:-1] for m in ms if m["cell"]["defense"] == "none"]
-        row["gate"] = _gate(undefended, key[3])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Hold a cell, so that no other process on this ledger runs it too; False where another holds it.
+
+        The claim ends with the process, however that ends.
+        """
+        locks = self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with lock(locks / name, wait=False) as mine:
+            yield mine
+
+    def _error(self, name: str) -> Path:
+        return self.folder / f"{name}.error.json"
 
 
-DETECTION = {
-    "precision clean set": "precision_clean_set",
-    "precision top 1 %": "precision_top_1_percent",
-    "recall isolated set": "recall_isolated_set",
-    "true labels recovered": "true_labels_recovered",
-}
+def read_ledger(folder: Path) -> dict[str, Record]:
+    """All records under a ledger's folder by the name of their cell; one that lies in two places counts once."""
+    return {path.stem: record for path in _paths(folder) if "measures" in (record := read_json(path))}
 
 
-def detection_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """As the paper's Table II: the partition at the end of training; one row a group, over n seeds, in per cent."""
-    rows = []
-    for key, members in _groups(records).items():
-        split = [m for m in members if m["measures"].get("partitions") and m["measures"]["poisoned_samples"]["count"]]
-        if not split:
-            continue
-        row = _labels(key)
-        for short, long in DETECTION.items():
-            last = [{"measures": m["measures"]["partitions"][-1]} for m in split]
-            row[short] = _mean(_values(last, long))
-        for long in ("flagged_precision", "flagged_recall"):
-            row[long.replace("_", " ")] = _mean(
-                _values([{"measures": m["measures"]["detection"]} for m in split], long)
-            )
-        row["n"] = len(split)
-        rows.append(row)
-    return pd.DataFrame(rows)
+def _paths(folder: Path) -> list[Path]:
+    paths = sorted(folder.rglob("*.json")) if folder.is_dir() else []
+    inside = [(path, path.relative_to(folder).parts) for path in paths]
+    return [path for path, parts in inside if not path.name.endswith(".error.json") and not parts[0].startswith(".")]
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame of short texts as a Markdown table."""
-    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+def compact(record: Record) -> str:
+    """A record as JSON text, one line a key and one line a row of a list: small, and readable as a difference."""
+    lines = []
+    for key, value in record.items():
+        if isinstance(value, list) and value:
+            rows = ",\n  ".join(_json(row) for row in value)
+            lines.append(f'"{key}": [\n  {rows}\n ]')
+        else:
+            lines.append(f'"{key}": {_json(value)}')
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
-Key = tuple[Any, ...]
+def digest(history: list[Record]) -> str:
+    """16 digits that two runs share whose histories agree in everything but the time they took."""
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _groups(records: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
-    """Records that differ in their seed only, by (data, budget, model, attack, attack settings, defense)."""
-    groups: dict[Key, list[dict[str, Any]]] = {}
-    for record in records:
-        cell = record["cell"]
-        settings = str(sorted(cell["attack_options"].items()))
-        budget = (cell.get("train_size"), cell.get("epochs"), cell.get("batch_size"))
-        key = (cell["data"], budget, cell["model"], cell["attack"], settings, _variant(cell))
-        groups.setdefault(key, []).append(record)
-    return dict(sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))))
-
-
-def _labels(key: Key) -> dict[str, Any]:
-    data, (size, epochs, batch), model, attack, _, variant = key
-    budget = ", ".join(f"{name} {value}" for name, value in (("epochs", epochs), ("batch", batch)) if value)
-    row = {"data": data, "training samples": size or "all", "budget": budget or "default", "model": model}
-    return {**row, "attack": attack, "defense": variant}
-
-
-def _values(records: list[dict[str, Any]], measure: str) -> list[float]:
-    found = [record["measures"][measure]["value"] for record in records if measure in record["measures"]]
-    return [value for value in found if value is not None]
-
-
-def _variant(cell: dict[str, Any]) -> str:
-    """The defense with the clean samples it was given and the settings that its cell changed: rows of their own."""
-    changed = cell.get("defense_changes") or {}
-    clean = [f"+ {cell['clean_share']:.0%} clean"] if cell.get("clean_share") else []
-    return " ".join([cell["defense"], *clean, *(f"{name}={value}" for name, value in sorted(changed.items()))])
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def _gate(undefended: list[dict[str, Any]], attack: str) -> str:
-    if attack == "none":
-        return ""
-    if not undefended:
-        return "no undefended cell"
-    reached = statistics.mean(r["measures"]["attack_success_rate"]["value"] for r in undefended)
-    return "takes" if reached >= GATES.get(attack, GATE) else "attack did not take"
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)

@@ -25,7 +25,7 @@ from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import load_state, save_state, write_json
+from antibackdoor.files import load_state, lock, save_state, write_json
 from antibackdoor.models import resolve
 from antibackdoor.options import build, values
 from antibackdoor.seeds import derive
@@ -108,10 +108,11 @@ def fitted(
     told = json.dumps([name, settings, own, clean.fingerprint(), seed], sort_keys=True)
     folder = kept / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     path = folder / "state.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_state(path, method.fit(clean, job(folder=folder)))
-        shutil.rmtree(folder / "stages", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock"):  # another process that trains the same is waited for
+        if not path.exists():
+            save_state(path, method.fit(clean, job(folder=folder)))
+            shutil.rmtree(folder / "stages", ignore_errors=True)
     state: State = load_state(path)
     return state
 

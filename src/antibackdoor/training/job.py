@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -24,6 +24,7 @@ from antibackdoor.seeds import derive
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
 
+Watch: TypeAlias = Callable[[str, nn.Module], dict[str, Any]]
 R = TypeVar("R", bound=Recipe)
 
 
@@ -56,6 +57,7 @@ class Job:
     folder: where stages are kept, so that a killed run goes on; None keeps nothing.
     weights: pretrained tensors that every model starts from, see `models.pretrained`.
     extras: what a method declares in `needs` and was given, for example {"clean": Data}.
+    watch: what else is to be measured after every epoch, from the stage's name and its model; for experiments.
     """
 
     checkpoint_seconds = 20.0
@@ -73,6 +75,7 @@ class Job:
         epochs: int | None = None,
         batch_size: int | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        watch: Watch | None = None,
     ):
         self.fabric = fabric or make_fabric()
         self.data = to_device(data, self.fabric.device)
@@ -86,6 +89,7 @@ class Job:
             k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
         }
         self.history: list[dict[str, Any]] = []
+        self.watch = watch
         self._model, self._weights = model, weights
         self._names: set[str] = set()
 
@@ -182,6 +186,8 @@ class Job:
         saved = time.monotonic()
         while not stage.finished:
             row = stage.run_epoch(self.progress)
+            if self.watch is not None:
+                row |= self.watch(name, model)
             self.history.append(row)
             self.progress.epoch(row)
             due = time.monotonic() - saved > self.checkpoint_seconds or stage.finished
