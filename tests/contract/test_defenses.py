@@ -188,7 +188,8 @@ def duel(request: pytest.FixtureRequest) -> Duel:
     data, truth = attack.poison(clean, state, 0)
     plain, _ = train(data, "none", {**short("none", 6), "recipe.augment": "none"})
     outcome, _ = train(data, "e2abl", {**short("e2abl", 8), "main.augment": "none"})
-    one, two = (attack_measures(o.model, test, attack.triggered(test, state), 1, FABRIC) for o in (plain, outcome))
+    triggered, targets = attack.triggered(test, state)
+    one, two = (attack_measures(o.model, test, triggered, targets, FABRIC) for o in (plain, outcome))
     return Duel(data, outcome, one, two, detection_measures(outcome, truth))
 
 

@@ -30,15 +30,15 @@ def projections(features: Tensor, seed: int = 0) -> Tensor:
     m, dims = features.shape
     if m < dims and m <= LARGE:
         values, vectors = torch.linalg.eigh(features @ features.T)
-        u: Tensor = vectors[:, -1]
-        return u * values[-1].clamp_min(0).sqrt()
+        along: Tensor = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
+        return along
     if dims <= LARGE:
-        v: Tensor = torch.linalg.eigh(features.T @ features).eigenvectors
-        return features @ v[:, -1]
+        direction: Tensor = torch.linalg.eigh(features.T @ features).eigenvectors[:, -1]
+        return features.mv(direction)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, m, dims), niter=ROUNDS)
-    return features @ v[:, 0]
+    return features.mv(v[:, 0])
 
 
 def halves(values: Tensor) -> tuple[Tensor, float]:
