@@ -182,10 +182,14 @@ class _Part:
 
     def _raw(self) -> Array:
         """The samples as the file holds them."""
-        if not self.memory_map:
-            return self.load(self.key("x"))
-        with _reading(self.path, self.key("x")):
-            return map_member(self.path, self.key("x"))
+        if self.memory_map:
+            with _reading(self.path, self.key("x")):
+                raw = map_member(self.path, self.key("x"))
+        else:
+            raw = self.load(self.key("x"))
+        if raw.ndim == 0:
+            raise InputError(f"{self.path}: {self.key('x')} is a single number, not one sample for each label.")
+        return raw
 
     def _series(
         self, raw: Array, ids: Sequence[str], where: str
@@ -248,7 +252,7 @@ def _reading(path: Path, name: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if "pickle" in str(error).lower() or "object" in str(error).lower():
+        if any(told in str(error) for told in ("Object arrays", "pickled (object)", "Python objects")):
             raise InputError(
                 f"{path}: {name} holds pickled Python objects, which are never read; save plain arrays of numbers."
             ) from None
