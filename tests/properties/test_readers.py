@@ -13,8 +13,8 @@ from antibackdoor.data.series import clean, from_cases
 
 finite = st.floats(-1e6, 1e6, width=32)
 few = settings(max_examples=20, deadline=None)
-# Names as they may come from file names: any character but NUL, which numpy's text arrays strip from the end.
-names = st.text(st.characters(exclude_characters="\x00", exclude_categories=()), min_size=1, max_size=5)
+# Any text but NUL, which numpy's text arrays strip from the end.
+names = st.text(st.characters(exclude_characters="\x00", codec="utf-8"), min_size=1, max_size=5)
 
 
 @st.composite

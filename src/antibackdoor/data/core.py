@@ -91,6 +91,9 @@ class Data:
             )
         if max(map(len, chain(self.ids, self.spec.classes)), default=0) > MAX_NAME:
             raise InputError(f"an id or the name of a class is longer than {MAX_NAME:,} characters.")
+        broken = next((name for name in chain(self.ids, self.spec.classes) if not _is_text(name)), None)
+        if broken is not None:
+            raise InputError(f"the name {broken!r} is no text, so that no table can hold it; rename it.")
         if n and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.spec.classes):
             bad = int(((self.y < 0) | (self.y >= len(self.spec.classes))).nonzero()[0])
             raise InputError(
@@ -126,6 +129,15 @@ class Data:
         for rows in self.chunks():
             digest.update(np.ascontiguousarray(self.x[rows].cpu().numpy()).tobytes())
         return digest.hexdigest()[:16]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; the names of files may hold any bytes."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
