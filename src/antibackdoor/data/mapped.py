@@ -1,7 +1,8 @@
-"""Copies of an `.npz` file's arrays that can be mapped into memory, kept in a hidden folder beside it."""
+"""Copies of data that can be mapped into memory, kept in a hidden folder beside them or in `$ANTIBACKDOOR_CACHE`."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -16,31 +17,55 @@ from numpy.lib.format import open_memmap
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
 
+CACHE = "ANTIBACKDOOR_CACHE"
+
+
+def memory_bytes() -> float:
+    """Of this machine; infinite where it does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
 
 def fills_memory(path: Path, share: float = 0.25) -> bool:
     """Whether the arrays of an `.npz` would take more than this share of the memory, and can be mapped instead."""
     try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except (AttributeError, ValueError, OSError, zipfile.BadZipFile):  # unknown here, or told when it is read
+    except (OSError, zipfile.BadZipFile):  # told when it is read
         return False
-    return unpacked > share * memory and os.access(path.parent, os.W_OK)
+    above = cache_place(path)
+    return unpacked > share * memory_bytes() and os.access(above if above.exists() else above.parent, os.W_OK)
+
+
+def cache_place(path: Path) -> Path:
+    """Where copies of a file or folder lie: `.NAME.cache` beside it or, by its full path, in `$ANTIBACKDOOR_CACHE`."""
+    path = path.resolve()
+    chosen = os.environ.get(CACHE)
+    if not chosen:
+        return path.with_name(f".{path.name}.cache")
+    Path(chosen).mkdir(parents=True, exist_ok=True)
+    return Path(chosen) / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def cache_folder(path: Path) -> Path:
-    """Where copies of this very file lie (`.NAME.cache`, by size and time); outdated ones are removed."""
+    """Where copies of this very file lie (by size and time); outdated ones are removed."""
     stat = path.stat()
-    above = path.with_name(f".{path.name}.cache")
-    folder = above / f"{stat.st_size}-{stat.st_mtime_ns}"
+    folder = cache_place(path) / f"{stat.st_size}-{stat.st_mtime_ns}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; load without memory mapping.") from None
-    for old in above.iterdir():
+    keep_only(folder)
+    return folder
+
+
+def keep_only(folder: Path) -> None:
+    """Remove its neighbors: copies of what has changed since."""
+    for old in folder.parent.iterdir():
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def map_member(path: Path, name: str) -> npt.NDArray[Any]:
