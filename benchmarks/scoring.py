@@ -1,108 +1,98 @@
-"""What scoring costs: one batched pass against one sample at a time, and the class-wise detectors on 50,000 x 512.
+"""What scoring costs: one batched pass against one sample at a time, losses kept in the training pass, and features.
 
-    python benchmarks/detectors.py --out results/cost
-
-The images are random and the features drawn from normal distributions: cost does not depend on what they show.
-Scanning sample by sample is measured on a subset, as samples a second; the two take turns, so that a noisy machine hits
-both alike. No augmentation, no gradient, the same network in both.
+No augmentation, no gradient, the same network in all. One at a time is measured on a few samples, since the cost of one
+does not depend on how many there are. The features of the class-wise detectors are drawn from normal distributions.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from antibackdoor.data.core import Data, Spec
 from antibackdoor.detectors import make_detector
 from antibackdoor.detectors.base import split_classes
-from antibackdoor.environment import environment
-from antibackdoor.files import write_json
 from antibackdoor.models import create
-from antibackdoor.training.job import make_fabric
-from antibackdoor.training.scores import features_of, logits_of, losses
+from antibackdoor.training.scores import features_of, logits_of, losses, pass_size
+from benchmarks.turns import CLASSES, random_images, ratio, rounded, take_turns
 
-CLASSES, WIDTH = 10, 512
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+WIDTH = 512
 
 
-def images(n: int) -> Data:
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randint(256, (n, 3, 32, 32), generator=rng, dtype=torch.uint8)
-    y = torch.randint(CLASSES, (n,), generator=rng)
-    return Data(x, y, Spec("image", (3, 32, 32), tuple("0123456789")), [str(i) for i in range(n)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18-w16")
-    parser.add_argument("--samples", type=int, default=50_000, help="that the time of one pass is worked out for")
-    parser.add_argument("--batched", type=int, default=2048, help="samples that are really scored in batches")
-    parser.add_argument("--single", type=int, default=128, help="samples that are really scored one at a time")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    parser.add_argument("--batched", type=int, default=1024, help="samples that are scored in batches")
+    parser.add_argument("--single", type=int, default=64, help="samples that are scored one at a time")
+    parser.add_argument("--features", type=int, default=10_000, help="rows of features for the class-wise detectors")
 
-    fabric, data = make_fabric(args.device), images(args.batched)
+
+def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
+    data = random_images(args.batched)
     torch.manual_seed(0)
     net = create(args.model, data.spec).to(fabric.device)
     few = torch.arange(args.single)
-    runs: dict[str, tuple[int, Callable[[], object]]] = {
-        "losses, batched": (args.batched, lambda: losses(logits_of(net, data, fabric), data.y)),
-        "features, batched": (args.batched, lambda: features_of(net, data, fabric)),
-        "losses, one at a time": (args.single, lambda: losses(logits_of(net, data, fabric, few, size=1), data.y[few])),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(args.repeats + 1):
-        for name, (count, run) in runs.items():
-            rate = count / seconds_of(run)
-            if repeat:  # the first round pays for allocation
-                rates[name].append(round(rate, 1))
-    median = {name: statistics.median(values) for name, values in rates.items()}
+    kept = torch.full((len(data),), torch.nan, device=fabric.device)
+    parts, values = torch.randperm(len(data)).to(fabric.device).split(128), torch.rand(128, device=fabric.device)
 
-    labels = torch.arange(args.samples) % CLASSES
-    features = torch.randn(args.samples, WIDTH, generator=torch.Generator().manual_seed(0))
-    set_of = Data(
-        torch.zeros(args.samples, 1, 1),
-        labels,
-        Spec("series", (1, 1), tuple("0123456789")),
-        [str(i) for i in range(args.samples)],
-    )
-    class_wise = {}
-    for name in ("spectral_signatures", "activation_clustering"):
-        split = make_detector(name).split  # type: ignore[attr-defined]
+    def one_at_a_time() -> None:
+        for row in few:  # as others do it: a forward pass and a wait for the device for each sample
+            float(losses(logits_of(net, data, fabric, row[None]), data.y[row[None]]))
 
-        def score(split: object = split) -> object:
-            return split_classes(nn.Identity(), set_of, features, split, "", 1.0)  # type: ignore[arg-type]
+    def keep() -> None:
+        for rows in parts:
+            kept[rows] = values[: len(rows)].float()
 
-        class_wise[name] = [round(seconds_of(score), 2) for _ in range(args.repeats)]
-    record = {
-        "command": f"python benchmarks/detectors.py --model {args.model}",
-        "samples_per_second": rates,
-        "batched_over_one_at_a_time": round(median["losses, batched"] / median["losses, one at a time"], 2),
-        "seconds_for_one_batched_pass": {
-            "samples": args.samples,
-            "seconds, worked out": round(args.samples / median["losses, batched"], 1),
+    seconds = take_turns(
+        {
+            "losses, batched": lambda: losses(logits_of(net, data, fabric), data.y),
+            "losses, batches of 512": lambda: losses(logits_of(net, data, fabric, size=512), data.y),
+            "features, batched": lambda: features_of(net, data, fabric),
+            "losses, one at a time": one_at_a_time,
+            "losses kept while training": keep,
         },
-        "seconds_on_features": {"shape": [args.samples, WIDTH], "classes": CLASSES, **class_wise},
-        "threads": torch.get_num_threads(),
-        "environment": environment(fabric),
+        args.repeats,
+        fabric.device,
+    )
+    scale = args.batched / args.single
+    single = seconds["losses, one at a time"]
+    record = {
+        f"batched over one at a time, {args.model}": ratio(single, seconds["losses, batched"], scale=scale, least=100),
+        f"kept while training over one at a time, {args.model}": ratio(
+            single, seconds["losses kept while training"], scale=scale, least=100
+        ),
+        f"batches of {pass_size(data, fabric)} over batches of 512, {args.model}": ratio(
+            seconds["losses, batches of 512"], seconds["losses, batched"]
+        ),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"detectors-{args.model}.json", record)
-    print({key: value for key, value in record.items() if key != "environment"})
+    return {
+        "ratios": record,
+        "seconds": rounded(seconds),
+        "batched": args.batched,
+        "one_at_a_time": args.single,
+        "seconds_on_features": {"shape": [args.features, WIDTH], **class_wise(args, fabric)},
+    }
 
 
-if __name__ == "__main__":
-    main()
+def class_wise(args: argparse.Namespace, fabric: Fabric) -> dict[str, float]:
+    """Median seconds of the detectors that split the features of each class."""
+    labels = torch.arange(args.features) % len(CLASSES)
+    features = torch.randn(args.features, WIDTH, generator=torch.Generator().manual_seed(0))
+    ids = [str(row) for row in range(args.features)]
+    data = Data(torch.zeros(args.features, 1, 1), labels, Spec("series", (1, 1), CLASSES), ids)
+
+    def score(name: str) -> object:
+        split = make_detector(name).split  # type: ignore[attr-defined]
+        return split_classes(nn.Identity(), data, features, split, "", 1.0)  # type: ignore[arg-type]
+
+    names = ("spectral_signatures", "activation_clustering")
+    seconds = take_turns(
+        {name: (lambda name=name: score(name)) for name in names},  # type: ignore[misc]
+        args.repeats,
+        fabric.device,
+    )
+    return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
