@@ -42,6 +42,7 @@ def begin(namespace: dict[str, Any]) -> None:
     """A folder of its own with toy data, one epoch for every training, small networks, and registries to spoil."""
     from antibackdoor import models
     from antibackdoor.attacks.base import ATTACKS
+    from antibackdoor.bench import engines
     from antibackdoor.defenses.base import DEFENSES
     from antibackdoor.training.loop import Recipe
     from toy_files import write_images
@@ -50,6 +51,7 @@ def begin(namespace: dict[str, Any]) -> None:
     folder = namespace["_folder"] = Path(tempfile.mkdtemp())
     patch.chdir(folder)
     patch.setattr(Recipe, "epochs_for", lambda self, n: 1)
+    patch.setattr(engines, "Local", lambda *_, **__: engines.Here())  # other processes would not know of one epoch
     patch.setattr(models, "AUTO", {"image": "resnet18-w4", "series": "resnet18-w4"})
     for registry in (ATTACKS, DEFENSES, models.MODELS):
         patch.setattr(registry, "_entries", dict(registry._entries))

@@ -15,7 +15,7 @@ def quick(epochs: int, learning_rate: float = 0.05) -> Recipe:
 
 
 TINY: dict[str, dict[str, Any]] = {
-    "dynamic": {"recipe": quick(1), "masking": quick(1), "joint": quick(1, 3e-3), "width": 8, "density": 0.1},
+    "dynamic": {"recipe": quick(1), "masking": quick(1, 3e-3), "joint": quick(1, 3e-3), "width": 8, "density": 0.1},
     "freqback": {"recipe": quick(1)},
     "label_consistent": {"recipe": quick(1), "robust_steps": 1, "steps": 3},
     "latent": {"recipe": quick(1), "optimization": quick(1, 0.3)},

@@ -104,7 +104,7 @@ def test_what_would_fill_the_memory_goes_to_disk(folder: Path, monkeypatch: pyte
     monkeypatch.setenv("ANTIBACKDOOR_CACHE", str(tmp_path / "elsewhere"))
     want = load(folder).train.fingerprint()
     assert not (tmp_path / "elsewhere").exists() or not any((tmp_path / "elsewhere").rglob("*.bin"))
-    monkeypatch.setattr(packed, "memory_bytes", lambda: 4 * 30 * 16 * 16 * 3)  # room for 30 of the 60
+    monkeypatch.setattr(packed, "memory", lambda: 4 * 30 * 16 * 16 * 3)  # room for 30 of the 60
     monkeypatch.setattr(packed, "BLOCK", 10 * 16 * 16 * 3)
     for _ in range(2):
         splits = load(folder)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -24,12 +26,16 @@ from torch import Tensor
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
 from antibackdoor.data.labels import number
 from antibackdoor.data.packed import Block, Pack, rows_in_block
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, visible
+from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
 MAX_PIXELS = 64 * 2**20
+LARGE, _ONE_AT_A_TIME = 4 * 2**20, threading.Lock()
+"""Images of more pixels are decoded one by one: every thread with one in its hands would take half a GiB."""
 MAX_SIDE = 64
+MAX_DEPTH = 64
 TEST_NAMES = ("test", "val", "valid")
 FILES = 4096
 """Files that are handed to the threads at a time."""
@@ -140,14 +146,19 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in CLUTTER]
 
 
-def _walk(folder: Path, root: Path) -> Iterator[Path]:
+def _walk(folder: Path, root: Path, depth: int = 1) -> Iterator[Path]:
     """All files below `folder` in sorted order; `root` is where links must not lead out of."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"{root} holds folders in each other, more than {MAX_DEPTH} deep.")
+    contained = containment(root)
     for entry in _visible(folder):
         path = Path(entry.path)
-        if entry.is_symlink() and (entry.is_dir() or not path.resolve().is_relative_to(root)):
-            raise InputError(f"{path} is a link out of the data set or to a folder; put the files themselves there.")
-        if entry.is_dir():
-            yield from _walk(path, root)
+        if entry.is_symlink() and not (path.is_file() and contained(path)):
+            raise InputError(
+                f"{path} is a link out of the data set, to a folder or to nothing; put the files themselves there."
+            )
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(path, root, depth + 1)
         else:
             yield path
 
@@ -168,7 +179,8 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
     """The training and the test files that a CSV manifest names."""
     folder = path.parent
     train, test, seen = Listing(folder), Listing(folder), set()
-    contained = _containment(folder)
+    contained = containment(folder)
+    refuse_special(path, MAX_TEXT)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
@@ -192,23 +204,13 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
                     raise InputError(f"{where} names {given!r} a second time; a file can be listed only once.")
                 seen.add(name)
                 (train if split == "train" else test).add(str(name), row["label"])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: bytes that are no text, and NUL in a name
         raise InputError(f"cannot read {path} as a CSV file: {error}.") from None
     if not train.ids and not test.ids:
         raise InputError(f"{path} lists no images.")
     return train, test
-
-
-def _containment(folder: Path) -> Callable[[Path], bool]:
-    """A test whether a path stays inside of `folder`, links followed; each parent is resolved only once."""
-    root, parents = folder.resolve(), dict[Path, bool]()
-
-    def contained(path: Path) -> bool:
-        if path.parent not in parents:
-            parents[path.parent] = path.parent.resolve().is_relative_to(root)
-        return parents[path.parent] and (not path.is_symlink() or path.resolve().is_relative_to(root))
-
-    return contained
 
 
 def _read_splits(
@@ -238,7 +240,7 @@ def _read_all(
     else:
         box = size or _common_size(listings[0])
         # All splits are decoded before anything is refused, so that one sentence can count all that is wrong.
-        decoded = [_decode_all(listing, box, pack, split) for split, listing in enumerate(listings)]
+        decoded = [_decode_all(listing, where, box, pack, split) for split, listing in enumerate(listings)]
         read, bad = [x for x, _ in decoded], [found for _, found in decoded]
         pack.done(box, read, bad)
     failures = [
@@ -250,7 +252,7 @@ def _read_all(
         sentence = f"{len(failures)} of {total} files in {where} cannot be read as images ({listed})"
         if not skip:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(f"{sentence}; they are left out.", UserWarning, stacklevel=4)
+        warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
     data: list[Data] = []
     for listing, x, found in zip(listings, read, bad, strict=True):
         keep = [i for i in range(len(x)) if i not in found]
@@ -268,6 +270,7 @@ def _common_size(listing: Listing) -> tuple[int, int]:
 
     def size(row: int) -> tuple[int, int] | None:
         try:
+            refuse_special(listing.path(row))
             with Image.open(listing.path(row), formats=FORMATS) as image:
                 return image.size
         except Exception:
@@ -280,10 +283,13 @@ def _common_size(listing: Listing) -> tuple[int, int]:
     return min(width, MAX_SIDE), min(height, MAX_SIDE)
 
 
-def _decode_all(listing: Listing, size: tuple[int, int], pack: Pack, split: int) -> tuple[Rows, dict[int, str]]:
+def _decode_all(
+    listing: Listing, where: Path, size: tuple[int, int], pack: Pack, split: int
+) -> tuple[Rows, dict[int, str]]:
     """Pixels `(n, 3, H, W)` uint8 of all files, and what is wrong with those that cannot be read, by row."""
     shape, bad = (3, size[1], size[0]), dict[int, str]()
     with pack.writer(split, shape) as writer:
+        writer.expect(len(listing.ids), where)
         for rows in pieces(len(listing.ids), min(FILES, rows_in_block(shape))):
             block = np.zeros((len(rows), *shape), dtype=np.uint8)
             reasons = in_threads(partial(_decode_file, listing, size, block, rows.start), rows)
@@ -300,7 +306,7 @@ def _decode_file(listing: Listing, size: tuple[int, int], block: Block, first: i
     if path.suffix.lower() not in EXTENSIONS:
         return "not an image file by its name"
     try:
-        block[row - first] = decode_image(path.read_bytes(), size).transpose(2, 0, 1)
+        block[row - first] = decode_image(read_bytes(path), size).transpose(2, 0, 1)
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # decoders raise whatever they like on damaged files
@@ -315,8 +321,14 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     differ from what others measured on it. Transparency is dropped.
     """
     image = Image.open(BytesIO(encoded), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
+    with _ONE_AT_A_TIME if pixels > LARGE else nullcontext():
+        return _decoded(image, encoded, size)
+
+
+def _decoded(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     if image.format == "PNG":  # the one format with checksums; decoding skips them, and verifying spends the object
         image.verify()
         image = Image.open(BytesIO(encoded), formats=FORMATS)

@@ -16,27 +16,27 @@ from numpy.lib.format import open_memmap
 
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
+from antibackdoor.limits import memory, refuse_special
 
 CACHE = "ANTIBACKDOOR_CACHE"
-
-
-def memory_bytes() -> float:
-    """Of this machine; infinite where it does not tell."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
 
 
 def fills_memory(path: Path, share: float = 0.25) -> bool:
     """Whether the arrays of an `.npz` would take more than this share of the memory, and can be mapped instead."""
     try:
+        refuse_special(path)
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except (OSError, zipfile.BadZipFile):  # told when it is read
+    except (ValueError, NotImplementedError, OSError, zipfile.BadZipFile):  # told when it is read
         return False
+    there = memory()
+    return there is not None and unpacked > share * there and can_keep(path)
+
+
+def can_keep(path: Path) -> bool:
+    """Whether copies of a file or folder can be written where they belong."""
     above = cache_place(path)
-    return unpacked > share * memory_bytes() and os.access(above if above.exists() else above.parent, os.W_OK)
+    return os.access(above if above.exists() else above.parent, os.W_OK)
 
 
 def cache_place(path: Path) -> Path:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from antibackdoor.data.core import Rows
-from antibackdoor.data.mapped import cache_place, keep_only, memory_bytes
+from antibackdoor.data.mapped import cache_place, can_keep, keep_only
 from antibackdoor.data.rows import MemoryMap
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, read_json, write_json
+from antibackdoor.limits import memory, refuse_beyond_memory
 
 VERSION = 1
 """Of what is written; another way of decoding gets another number, so that old files are not taken for new ones."""
@@ -49,15 +50,15 @@ class Pack:
         self.limit = float("inf") if memory_map is not True else -1.0
         if memory_map is False:
             return
-        above = cache_place(where)
         if memory_map is None:
-            if not os.access(above if above.exists() else above.parent, os.W_OK):
+            there = memory()
+            if there is None or not can_keep(where):
                 return
-            self.limit = SHARE * memory_bytes()
+            self.limit = SHARE * there
         digest = hashlib.sha256(repr(VERSION).encode())
         for part in key:
             digest.update(repr(part).encode("utf-8", "surrogatepass"))
-        self.folder = above / digest.hexdigest()[:16]
+        self.folder = cache_place(where) / digest.hexdigest()[:16]
         if (self.folder / "pack.json").exists():
             self.old = read_json(self.folder / "pack.json")
 
@@ -115,6 +116,14 @@ class Writer:
             self.out.close()
         if self.part is not None:
             self.part.unlink(missing_ok=True)
+
+    def expect(self, rows: int, what: object) -> None:
+        """Refuse, before they are made, this many more rows than fit into the memory; to disk they go in blocks."""
+        bytes_of = int(np.prod(self.shape))
+        if self.part is None:
+            refuse_beyond_memory(what, self.size + rows * bytes_of)
+        else:
+            refuse_beyond_memory(what, min(rows, rows_in_block(self.shape)) * bytes_of)
 
     def add(self, block: Block) -> None:
         """The next rows."""
