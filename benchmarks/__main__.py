@@ -25,6 +25,7 @@ CASES = {
     "data_path": "what gathering, augmenting, poisoning and recording cost beside a training step",
     "habits": "the habits of other code against ours: same model, same steps",
     "growth": "time and peak memory by the number of samples",
+    "billion": "on paper and in simulation: 10^9 samples on 1,000 workers",
     "start": "start-up time, import time, and what resuming costs",
     "fixmatch": "how much of a FixMatch step is model, and against a PIL pipeline",
     "poisoning": "samples a second of every attack, against a loop over samples",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -111,9 +112,10 @@ class Data:
             self, x=taken(self.x, rows), y=self.y[rows], ids=[self.ids[i] for i in rows.tolist()], lengths=lengths
         )
 
-    def chunks(self, size: int = 4096) -> Iterator[Tensor]:
-        """Row numbers `0..n-1` in pieces, for passes in bounded memory."""
-        return iter(torch.arange(len(self)).split(size))
+    def chunks(self) -> Iterator[Tensor]:
+        """Row numbers `0..n-1` in pieces of at most 4,096 rows and 32 MiB, for passes in bounded memory."""
+        row = math.prod(self.spec.shape) * self.x.dtype.itemsize
+        return iter(torch.arange(len(self)).split(min(4096, max(1, 2**25 // row))))
 
     def fingerprint(self) -> str:
         """A content hash of samples, labels, ids and spec; equal for the same data in memory or memory-mapped."""

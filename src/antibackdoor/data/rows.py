@@ -13,7 +13,7 @@ from torch import Tensor
 
 from antibackdoor.data.core import Rows
 
-RESIDENT = 2**28
+RESIDENT = 2**26
 """Bytes of a mapped file that a process holds on to at a time."""
 AROUND = 2**16
 """Bytes that the system maps around the one that is asked for."""
