@@ -18,6 +18,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from antibackdoor.attacks import ATTACKS
+from antibackdoor.bench.poisoned import fitted
 from antibackdoor.data.augment import AUGMENTATIONS
 from antibackdoor.data.batches import gather, to_device
 from antibackdoor.data.core import Data
@@ -60,6 +61,7 @@ def one_kind(data: Data, folder: Path, args: argparse.Namespace, fabric: Fabric)
     tenth = torch.arange(0, args.samples, 10)
     overlay = dataclasses.replace(here, x=Overlay(here.x, tenth, data.x[tenth]))
     attack = ATTACKS["badnets"].make()
+    state = fitted(attack, data, seed=0, fabric=fabric)
     ready = gather(here, torch.arange(args.batch), device)
     kept = torch.full((args.samples,), torch.nan, device=device)
 
@@ -84,7 +86,7 @@ def one_kind(data: Data, folder: Path, args: argparse.Namespace, fabric: Fabric)
             "weak augmentation": lambda: AUGMENTATIONS["weak"](ready.x, data.spec, noise),
             "strong augmentation": lambda: AUGMENTATIONS["strong"](ready.x, data.spec, noise),
             "keeping each loss": record,
-            "poisoning (badnets)": lambda: attack.make(data, rows(), {}, "poison"),
+            "poisoning (badnets)": lambda: attack.make(data, rows(), state, "poison"),
         },
         args.repeats,
         device,
