@@ -68,7 +68,7 @@ class Listing:
             try:
                 stat = self.path(row).stat()
                 yield name, self.names[row] == "", stat.st_size, stat.st_mtime_ns
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a NUL in a name
                 yield name, None
 
 
