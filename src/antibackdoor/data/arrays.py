@@ -14,7 +14,6 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.mapped import map_made, map_member
@@ -26,6 +25,8 @@ from antibackdoor.limits import refuse_bomb, refuse_special
 
 Array: TypeAlias = npt.NDArray[Any]
 CHUNK = 4096
+NPY: Any = np.lib.format
+"""Has no types."""
 MAX_CLASSES = 10_000
 
 
@@ -228,8 +229,8 @@ class _Part:
     def _open(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], IO[bytes]]]:
         """Shape, order and type of an array, and the file at its first value."""
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
-            version = read_magic(file)
-            read = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}[version]
+            version = NPY.read_magic(file)
+            read = {(1, 0): NPY.read_array_header_1_0, (2, 0): NPY.read_array_header_2_0}[version]
             yield *read(file), file
 
     def _stream(self) -> Iterator[Array]:
