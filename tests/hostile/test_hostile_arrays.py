@@ -78,7 +78,10 @@ ARRAYS: dict[str, Case] = {
         lambda path: images_npz(path, x=b"\x80\x04cos\nsystem\n(S'true'\ntR."),
         "a single number",
     ),
-    "declares a petabyte": (shaped("(1125899906842624, 1, 1, 1)"), "cannot read the array 'x'.*Unable to allocate"),
+    "declares a petabyte": (
+        shaped("(1125899906842624, 1, 1, 1)"),
+        "cannot read the array 'x'.*declares more values than its",
+    ),
     "declares ten GiB": (shaped("(10737418240, 1, 1, 1)"), "cannot read the array 'x'"),
     "declares more samples than there are": (shaped("(5, 8, 8, 3)"), "cannot read the array 'x'"),
     "negative shape": (shaped("(-4, 8, 8, 3)"), "cannot read the array 'x'"),
