@@ -81,7 +81,7 @@ def test_cells_come_back_as_they_were(text: str) -> None:
 
 def test_a_name_that_is_no_text_is_refused() -> None:
     """Tables could not hold it, which would be told after the training."""
-    refused(lambda: replace(toy_images(2), ids=["a", "\udcff\udcfe"]), r"name '\\\\udcff\\\\udcfe' is no text")
+    refused(lambda: replace(toy_images(2), ids=["a", "\udcff\udcfe"]), r"name '\\udcff\\udcfe' is no text")
     assert from_csv_cell(csv_cell("\udcff")) == "\udcff"
 
 
