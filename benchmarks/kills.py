@@ -58,8 +58,18 @@ GRID = """
 [[cells]]
 data = ["digits"]
 train_size = 60
+attacks = ["none", "badnets"]
+defenses = ["none"]
+defense_options = { "recipe.min_steps" = 0 }
+models = ["resnet18-w4"]
+epochs = 2
+seeds = [0]
+[[cells]]
+data = ["digits"]
+train_size = 60
 attacks = ["badnets"]
-defenses = ["none", "abl", "e2abl"]
+defenses = ["e2abl"]
+defense_options = { "warm_up.epochs" = 2, "warm_up.min_steps" = 0, "main.min_steps" = 0 }
 models = ["resnet18-w4"]
 epochs = 2
 seeds = [0]
@@ -146,6 +156,7 @@ class Process:
         os.setsid()
         for number in (1, 2):
             os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
         Job.checkpoint_seconds = checkpoint
         seen = 0
 

@@ -258,6 +258,7 @@ def test_a_signal_ends_with_a_sentence(
     monkeypatch.setattr(Job, "fit", struck)
     try:
         end_orderly()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
         told = run("train", images, "--out", tmp_path / "run", *TRAIN, status=status).output
     finally:
         signal.signal(signal.SIGTERM, before[0])
