@@ -132,7 +132,7 @@ def make_cases(root: Path) -> list[Case]:
         words = ["bench", str(root / "grid.toml"), "--out", "{out}", "--workers", workers, "--device", "cpu", "--quiet"]
         cases.append(Case(f"bench {workers} workers", words))
     run = root / "reviewed"
-    status, _, told = Process(Case("", [w.replace("{out}", str(run)) for w in cases[0].words]), root, 0).wait()
+    status, _, told = Process(cases[0], run, 0).wait()
     assert status == 0, told
     words = ["review", str(run), "--quiet", "--export", "{out}", "--format"]
     cases += [Case(f"review {form}", [*words, form]) for form in ("npz", "csv")]
@@ -262,17 +262,21 @@ def trial(case: Case, root: Path, rng: random.Random, counts: Counter[str]) -> l
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="begin no trial after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases in whose name this expression is found")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    end = time.monotonic() + 60 * given.minutes
     rng, counts, trials, problems = random.Random(given.seed), Counter[str](), Counter[str](), []
     scratch = Path(tempfile.mkdtemp())
     try:
         cases = [case for case in make_cases(scratch) if re.search(given.only, case.name)]
         waiting: list[Case] = []
         while (kills := sum(n for name, n in counts.items() if name != "ended first")) < given.kills:
+            if time.monotonic() > end:
+                break
             if not waiting:  # every case once before any twice
                 waiting = rng.sample(cases, len(cases))
                 waiting.sort(key=lambda case: "1 worker" in case.name, reverse=True)  # slow to start, so last

@@ -791,6 +791,14 @@ def main() -> None:
     end_orderly()
     try:
         app()
+    except SystemExit as end:
+        # Before and after the command itself, the framework makes a silent exit of an interruption.
+        stop = getattr(end.__context__, "__cause__", None)
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        terminated = isinstance(stop, Terminated)
+        typer.echo("terminated." if terminated else "interrupted.", err=True)
+        sys.exit(143 if terminated else 130)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise

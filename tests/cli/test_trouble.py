@@ -266,6 +266,26 @@ def test_a_signal_ends_with_a_sentence(
     assert re.fullmatch(rf"{word}; go on with: antibackdoor train .* --resume\n", told)
 
 
+@pytest.mark.parametrize(
+    ("stop", "word", "status"), [("Terminated", "terminated", 143), ("KeyboardInterrupt", "interrupted", 130)]
+)
+def test_a_signal_before_the_command_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: str, word: str, status: int
+) -> None:
+    from antibackdoor import cli
+
+    def struck(*_: object) -> None:
+        raise getattr(cli, stop, KeyboardInterrupt)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli.Group, "parse_args", struck)
+    monkeypatch.setattr(sys, "argv", ["antibackdoor", "list"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == status and capsys.readouterr().err == f"{word}.\n"
+
+
 @pytest.mark.timeout(600)
 def test_killed_commands_go_on_to_the_same(tmp_path: Path) -> None:
     """A small sample of `benchmarks/kills.py`: real processes, real signals."""

@@ -40,6 +40,12 @@ def test_nothing_to_count_tells_nothing() -> None:
     assert (lower(0, 0), upper(0, 0)) == (0.0, 1.0)
 
 
+def test_wilson_against_values_worked_by_hand() -> None:
+    """5 of 10 at z = 1.64: (p + z2/2n -+ z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n)."""
+    assert (lower(5, 10), upper(5, 10)) == (pytest.approx(0.26981, abs=1e-5), pytest.approx(0.73019, abs=1e-5))
+    assert (lower(0, 10), upper(0, 10)) == (pytest.approx(0, abs=1e-12), pytest.approx(0.21195, abs=1e-5))
+
+
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
