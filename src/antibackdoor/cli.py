@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 DEBUG = "ANTIBACKDOOR_DEBUG"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it, ends a command as orderly as Ctrl-C does."""
+
+
 class Group(TyperGroup):
     """Turns what goes wrong into a sentence and an exit status; ANTIBACKDOOR_DEBUG=1 shows tracebacks."""
 
@@ -38,11 +43,13 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except InputError as error:
             _fail(str(error), 2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             words = ctx.meta["antibackdoor.words"]
-            again = [*words, *(["--resume"] if "--resume" not in words else [])]
-            resumable = words[:1] in (["train"], ["scan"])
-            _fail("interrupted" + (f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."), 130)
+            again = words + (["--resume"] if "--resume" not in words and words[:1] != ["bench"] else [])
+            resumable = words[:1] in (["train"], ["scan"], ["bench"])
+            hint = f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."
+            terminated = isinstance(stop, Terminated)
+            _fail(("terminated" if terminated else "interrupted") + hint, 143 if terminated else 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
@@ -483,9 +490,10 @@ def poison(
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
-    from antibackdoor.bench.poisoned import check_free, write_poisoned
     from antibackdoor.bench.poisoned import poison as make
+    from antibackdoor.bench.poisoned import write_poisoned
     from antibackdoor.data.load import load
+    from antibackdoor.files import check_free
     from antibackdoor.progress import show
     from antibackdoor.training.job import make_fabric
 
@@ -762,8 +770,17 @@ def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
 def _fail(sentence: str, status: int) -> NoReturn:
     if os.environ.get(DEBUG) and sys.exc_info()[1] is not None:
         raise  # noqa: PLE0704 (called while an exception is handled)
-    typer.echo(sentence if status == 130 else f"error: {sentence}", err=True)
+    typer.echo(sentence if status in (130, 143) else f"error: {sentence}", err=True)
     raise typer.Exit(status)
+
+
+def end_orderly() -> None:
+    """Let SIGTERM unwind the command as Ctrl-C does, so that it closes what it holds and says how to go on."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def main() -> None:
@@ -771,6 +788,7 @@ def main() -> None:
     # Threads that spin while they wait make a training many times slower where cores are shared with other programs.
     # Read when torch is loaded, so it must be set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    end_orderly()
     try:
         app()
     except Exception as error:
