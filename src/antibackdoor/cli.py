@@ -179,7 +179,10 @@ UndecidedOption = Annotated[
 ]
 MemoryMap = Annotated[
     bool | None,
-    typer.Option(help="Read an .npz from disk as needed [default: where it would fill a quarter of the memory]."),
+    typer.Option(
+        help="Read images, or an .npz, from a copy on disk as needed, beside the data or in $ANTIBACKDOOR_CACHE "
+        "[default: where they would fill a quarter of the memory]."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs; progress is on stderr.")]

@@ -20,6 +20,11 @@ def test_pages_and_figures_are_made_from_the_ledger() -> None:
     assert figures == {name for name in pages if name.endswith(".svg")}
 
 
+def test_the_page_of_costs_is_made_from_what_was_measured() -> None:
+    text = runpy.run_path(str(ROOT / "docs" / "build_scale.py"))["page"]()
+    assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == text, "run docs/build_scale.py: scale.md is old"
+
+
 def test_the_filtering_figure_is_made_from_records() -> None:
     build = runpy.run_path(str(ROOT / "docs" / "build_filtering.py"))
 

@@ -44,7 +44,13 @@ def is_arrow_folder(path: Path) -> bool:
 
 
 def load_arrow(
-    path: Path, *, test: Path | None = None, image_size: Size = None, missing: Missing = "refuse", skip: bool = False
+    path: Path,
+    *,
+    test: Path | None = None,
+    image_size: Size = None,
+    missing: Missing = "refuse",
+    skip: bool = False,
+    memory_map: bool | None = False,
 ) -> Splits:
     """A parquet or arrow file, a folder of them, or what `save_to_disk` of a Hugging Face data set wrote.
 
@@ -70,8 +76,11 @@ def load_arrow(
     if parts[0].column.image:
         if image_size is not None and image_size == 0:
             raise InputError("image_size=0 is not a number of pixels; give 1 or more.")
-        encoded = [Encoded(part.encoded, part.labels) for part in parts]
-        return images(encoded[0], encoded[1] if second else None, str(path), image_size, skip_unreadable=skip)
+        encoded = [Encoded(part.encoded, part.labels, part.files) for part in parts]
+        held = encoded[1] if second else None
+        return images(encoded[0], held, path, image_size, skip_unreadable=skip, memory_map=memory_map)
+    if memory_map:
+        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
     if image_size is not None:
         raise InputError(f"{path} holds series; image_size is for images.")
     cases = [list(part.cases()) for part in parts]
