@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import antibackdoor
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,9 @@ class Group(TyperGroup):
             if error.errno == errno.EPIPE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}.", 2)
+            _fail(visible(f"{where}{error.strerror or error}."), 2)
+        except MemoryError:
+            _fail("the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
 
 
 def _examples(*lines: str) -> str:
@@ -862,7 +864,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        reason = str(error).splitlines()[0] if str(error) else "no message"
+        reason = visible(str(error).splitlines()[0])[:500] if str(error) else "no message"
         typer.echo(
             f"error: something unexpected went wrong ({type(error).__name__}: {reason}); "
             f"set {DEBUG}=1 to see the traceback.",

@@ -5,12 +5,30 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000
+"""Characters of a sentence, at most; names and what a decoder says of a file come from whoever made the data."""
+
+
+def visible(text: str) -> str:
+    """Text on one line with everything that cannot be seen spelled out.
+
+    Line breaks, terminal escapes, marks that reverse the reading direction and broken Unicode become escapes such as
+    `\\x1b`, so that a name looks like what it is and does nothing where it is printed.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
 
 class InputError(ValueError):
     """Bad input or usage: one sentence that says what is wrong, where, and how to mend it.
 
-    The command line prints the sentence and exits with status 2; it never shows a traceback for it.
+    The command line prints the sentence and exits with status 2; it never shows a traceback for it. Whatever names the
+    sentence quotes, it is one line of visible text; the middle of one that is too long is left out.
     """
+
+    def __init__(self, sentence: str):
+        shown = visible(sentence)
+        half = LONGEST // 2
+        super().__init__(shown if len(shown) <= LONGEST else f"{shown[:half]} ... {shown[-half:]}")
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:

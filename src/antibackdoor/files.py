@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, visible
+from antibackdoor.limits import read_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -75,9 +77,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; InputError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
+    except RecursionError:
+        raise InputError(f"cannot read {path}: it is nested too deeply.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
 
@@ -128,18 +134,33 @@ def write_csv(path: Path, table: DataFrame) -> None:
     safe = table.apply(lambda column: column.map(lambda v: csv_cell(v) if isinstance(v, str) else v))
     atomically(
         path,
-        lambda part: safe.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC, errors="surrogateescape"),
+        lambda part: safe.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC),
     )
 
 
-def csv_cell(text: str) -> str:
-    """Text for a cell of a table that no spreadsheet takes for a formula; `from_csv_cell` gives it back.
+FORMULA = ("=", "+", "-", "@", "'", "＝", "＋", "－", "＠")
+HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+ESCAPE = re.compile(r"\\(\\|[nrt]|x[0-9a-f]{2}|u[0-9a-f]{4})")
 
-    Names come from whoever made the data, and a cell that begins with one of these runs as a formula when it is opened.
+
+def csv_cell(text: str) -> str:
+    """Text for a cell of a table that does nothing where it is opened or printed; `from_csv_cell` gives it back.
+
+    Names come from whoever made the data. A cell that begins like a formula runs in a spreadsheet, so it gets a quote
+    in front. Line breaks, terminal escapes, marks that turn the reading direction and bytes that are no text are
+    spelled out as in Python (and backslashes doubled) in a cell that then begins with a quote and a backslash.
     """
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "'")) else text
+    if HARMFUL.search(text):
+        return "'\\" + HARMFUL.sub(lambda found: visible(found[0]), text.replace("\\", "\\\\"))
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def from_csv_cell(cell: str) -> str:
     """The text that `csv_cell` was given."""
-    return cell[1:] if cell.startswith("'") else cell
+    if not cell.startswith("'\\"):
+        return cell[1:] if cell.startswith("'") else cell
+    return ESCAPE.sub(lambda found: found[0][1] if found[0] == "\\\\" else _unescaped(found[0]), cell[2:])
+
+
+def _unescaped(escape: str) -> str:
+    return escape.encode("ascii").decode("unicode_escape")

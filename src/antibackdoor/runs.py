@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from antibackdoor.attention import Attention
 from antibackdoor.data.core import Data, Kind, Spec, Splits
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, read_json, write_json
+from antibackdoor.limits import MAX_CLASSES
 from antibackdoor.models import create
+from antibackdoor.models.pretrained import read_shapes, read_weights
 
 GALLERY_SIZE, REFERENCES = 48, 8
+LONGEST_AXIS = 2**24
+"""Numbers along one axis of a sample, at most: 16 million time steps."""
 
 
 class ModelCard(BaseModel):
@@ -32,8 +36,19 @@ class ModelCard(BaseModel):
     kind: Kind
     shape: tuple[int, ...]
     classes: tuple[str, ...]
-    low: float
-    high: float
+    low: FiniteFloat
+    high: FiniteFloat
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        axes = 3 if self.kind == "image" else 2
+        if len(self.shape) != axes or not all(1 <= size <= LONGEST_AXIS for size in self.shape):
+            raise ValueError(f"a sample of kind {self.kind!r} has {axes} axes of 1..{LONGEST_AXIS:,}")
+        if not 1 <= len(self.classes) <= MAX_CLASSES or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"there must be 1..{MAX_CLASSES:,} classes of different names")
+        if self.low > self.high:
+            raise ValueError("low is above high")
+        return self
 
     def spec(self) -> Spec:
         """What one sample is."""
@@ -88,21 +103,44 @@ def load_model(folder: str | Path, *, into: nn.Module | None = None) -> tuple[nn
     try:
         card = ModelCard.model_validate(read_json(folder / "model.json"))
     except ValidationError as error:
-        raise InputError(f"{folder / 'model.json'} is not a model card: {error.errors()[0]['msg']}.") from None
+        told = error.errors()[0]
+        raise InputError(f"{folder / 'model.json'} is not a model card: {_place(told['loc'])}{told['msg']}.") from None
     if card.architecture is None and into is None:
         raise InputError(f"{folder} holds a model of your own; give a fresh instance of it with `into`.")
-    spec = card.spec()
+    spec, path = card.spec(), folder / "model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no model.safetensors.")
+    if into is None:
+        _check_fits(str(card.architecture), spec, read_shapes(path), f"{path} does not fit {folder / 'model.json'}")
     model = into if into is not None else create(str(card.architecture), spec)
+    weights = read_weights(path)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no model.safetensors.") from None
-    except (
-        Exception
-    ) as error:  # safetensors has its own error type, torch raises RuntimeError for wrong names or shapes
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder / 'model.safetensors'} does not fit {folder / 'model.json'}: {reason}") from None
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # wrong names or shapes
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise InputError(f"{path} does not fit {folder / 'model.json'}: {reason}") from None
+    bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise InputError(f"{path} holds weights that are not finite, in {bad[0]!r}; such a model answers nothing.")
     return model.eval(), spec
+
+
+def _place(path: Sequence[str | int]) -> str:
+    return f"{'.'.join(map(str, path))}: " if path else ""
+
+
+def _check_fits(architecture: str, spec: Spec, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Refuse a card whose network has other weights than the file, before any memory is taken for that network."""
+    try:
+        with torch.device("meta"):
+            wanted = {name: tuple(value.shape) for name, value in create(architecture, spec).state_dict().items()}
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise InputError(f"{what}: no such network can be made ({str(error).splitlines()[0]}).") from None
+    wrong = [name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)]
+    if wrong:
+        raise InputError(f"{what}: {len(wrong)} weights have other names or shapes, {min(wrong)!r} among them.")
 
 
 def describe_data(splits: Splits) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from antibackdoor.errors import InputError, unknown
+from antibackdoor.limits import read_text
 
 
 def read_settings(path: Path, known: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -18,7 +19,11 @@ def read_settings(path: Path, known: Iterable[str]) -> tuple[dict[str, Any], lis
     TOML, and for a name that is no option.
     """
     try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
+        read = tomllib.loads(read_text(path))
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"cannot read the settings in {path}: they are nested too deeply.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the settings in {path}: {error}.") from None
     table = read.pop("set", {})

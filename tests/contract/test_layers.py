@@ -19,6 +19,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 
 LAYERS = [
     {"errors"},
+    {"limits"},
     {"settings"},
     {"files", "intervals", "options", "registry", "seeds"},
     {"data"},

@@ -136,6 +136,6 @@ def test_damage(tmp_path):
 
 
 def test_huge_members_are_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("antibackdoor.data.shards.MAX_ENCODED", 100)
+    monkeypatch.setattr("antibackdoor.data.shards.MAX_SAMPLE", 100)
     with pytest.raises(InputError, match="at most 64 MiB"):
         load(shard(tmp_path / "set.tar", images(range(2))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from antibackdoor.bench.cell import Cell
 from antibackdoor.errors import InputError, unknown
+from antibackdoor.limits import read_text
 from antibackdoor.options import build
 
 LISTS = {
@@ -35,6 +37,8 @@ SINGLE = (
 """Keys of a block that hold one value for all its cells."""
 ENTRY = ("name", "label", "options", "published", "x")
 """Keys of an entry of a list that is more than a name."""
+MOST_CELLS = 100_000
+"""Of one block: a few lists too many multiply beyond what any machine could run."""
 NEEDS_GPU = "needs a GPU"
 
 
@@ -86,10 +90,14 @@ def read_grid(path: Path, profile: str | None = None) -> Grid:
     `[[table]]`, `[[figure]]`: see `antibackdoor.bench.declared`. Raises InputError for anything else.
     """
     try:
-        grid = tomllib.loads(path.read_text(encoding="utf-8"))
+        grid = tomllib.loads(read_text(path))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path} is not a grid: it is nested too deeply.") from None
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a grid: {error}.") from None
     _known(grid, ("cells", "profile", "override", "exclude", "table", "figure"), str(path))
     profiles, blocks = grid.get("profile", {}), grid.get("cells")
@@ -148,6 +156,8 @@ def _block(block: dict[str, Any], rules: dict[str, list[dict[str, Any]]], where:
         if not isinstance(block[key], list) or not block[key]:
             raise InputError(f"{where}: {key} must be a list with at least one entry.")
         lists[axis] = [_entry(value, f"{where}, {key}") for value in block[key]]
+    if math.prod(map(len, lists.values())) > MOST_CELLS:
+        raise InputError(f"{where} makes more than {MOST_CELLS:,} cells; cut it into several grids.")
     shared = {key: value for key, value in block.items() if key in SINGLE}
     return [
         _place(shared, dict(zip(lists, chosen, strict=True)), rules, where)

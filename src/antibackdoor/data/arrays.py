@@ -20,6 +20,7 @@ from antibackdoor.data.rows import MemoryMap
 from antibackdoor.data.series import Missing, bounds, clean
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
+from antibackdoor.limits import refuse_bomb, refuse_special
 
 Array: TypeAlias = npt.NDArray[Any]
 CHUNK = 4096
@@ -94,10 +95,12 @@ class _Part:
     def __init__(
         self, path: Path, suffixes: Sequence[str], missing: Missing, memory_map: bool, *, labeled: bool = True
     ):
+        refuse_special(path)
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is not an .npz file (a zip of arrays, as numpy.savez writes it).")
         self.path, self.missing, self.memory_map = path, missing, memory_map
         with _reading(path), zipfile.ZipFile(path) as archive:
+            refuse_bomb(path)
             self.names = {name.removesuffix(".npy") for name in archive.namelist()}
         needed = ("x", "y") if labeled else ("x",)
         found = [suffix for suffix in suffixes if all(self.has(self._key(name, suffix)) for name in needed)]

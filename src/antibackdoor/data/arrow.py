@@ -18,8 +18,10 @@ import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import MAX_ENCODED, Encoded, Labels, Size, found_in, images, series
+from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
 from antibackdoor.errors import InputError
+from antibackdoor.files import read_json
+from antibackdoor.limits import MAX_SAMPLE, inside, refuse_beyond_memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,6 +32,8 @@ SAMPLES = ("image", "img", "series", "x", "values", "input_values", "data")
 TRAIN, TEST = re.compile(r"(^|[^a-z])train([^a-z]|$)"), re.compile(r"(^|[^a-z])(test|validation|valid|val)([^a-z]|$)")
 MAX_GROUP = 2 * 2**30
 """Bytes of one row group of a parquet file, unpacked; that much must fit into memory."""
+ROW_BYTES, BATCH_BYTES = 4, 2**28
+"""Bytes of a file that a row takes at least, so that a repeated one costs something; bytes to read at a time."""
 
 
 def is_arrow_folder(path: Path) -> bool:
@@ -101,7 +105,7 @@ class _Part:
                     f"{self.where}: row {row} of column {self.column.name!r} holds no image itself (a path, or "
                     "nothing); save the data set with its images embedded."
                 )
-            if len(inner) > MAX_ENCODED:
+            if len(inner) > MAX_SAMPLE:
                 raise InputError(f"{self.where}: row {row} holds {len(inner):,} bytes; at most 64 MiB are read.")
             yield str(row), inner
 
@@ -130,7 +134,8 @@ class _Part:
             with _reading(file):
                 for batch in _batches(file, column):
                     batch.validate(full=True)  # offsets in a file may lie, and would be followed out of it
-                    yield from batch.column(0).to_pylist()
+                    # One by one: a value that a dictionary holds once may stand in every row.
+                    yield from (value.as_py() for value in batch.column(0))
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -141,11 +146,11 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
         splits = _json(path / "dataset_dict.json").get("splits")
         if not isinstance(splits, list) or not all(isinstance(s, str) and re.fullmatch(r"[\w-]+", s) for s in splits):
             raise InputError(f"{path / 'dataset_dict.json'} does not name the splits.")
-        found = {name: _saved(path / name) for name in splits}
+        found = {name: _saved(path / name, path) for name in splits}
         train = found.get("train") or (next(iter(found.values())) if len(found) == 1 else [])
         return train, next((found[n] for n in ("test", "validation", "valid", "val") if n in found), [])
     if (path / "state.json").is_file():
-        return _saved(path), []
+        return _saved(path, path), []
     files = sorted(found_in(path, EXTENSIONS))
     names = {file: file.relative_to(path).as_posix().lower() for file in files}
     test = [file for file in files if TEST.search(names[file]) and not TRAIN.search(names[file])]
@@ -154,22 +159,19 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     return named or [file for file in files if file not in test], tests
 
 
-def _saved(folder: Path) -> list[Path]:
-    """The files of one split as `save_to_disk` left it."""
+def _saved(folder: Path, root: Path) -> list[Path]:
+    """The files of one split as `save_to_disk` left it, in the data set's folder `root`."""
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise InputError(f"{folder} holds a selection of other rows; call flatten_indices() before save_to_disk().")
     files = [entry.get("filename") for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
     if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
         raise InputError(f"{folder / 'state.json'} does not name the files of the data set.")
-    return [folder / str(name) for name in files]
+    return [inside(folder / str(name), root) for name in files]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    value = read_json(path)
     return value if isinstance(value, dict) else {}
 
 
@@ -190,17 +192,37 @@ def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
 
     if file.suffix.lower() == ".parquet":
         with pq.ParquetFile(file) as table:
-            for group in range(table.metadata.num_row_groups):
-                size = table.metadata.row_group(group).total_byte_size
-                if size > MAX_GROUP:
-                    raise InputError(f"{file}: a row group of {size:,} bytes is too large; write it in smaller ones.")
-            yield from table.iter_batches(batch_size=256, columns=[column], use_threads=False)
+            rows = _check_parquet(file, table.metadata, column)
+            yield from table.iter_batches(batch_size=rows, columns=[column], use_threads=False)
         return
     with pa.memory_map(str(file)) as source:
         reader = _open_arrow(source)
         count = getattr(reader, "num_record_batches", None)
         for batch in reader if count is None else (reader.get_batch(k) for k in range(count)):
             yield pa.RecordBatch.from_arrays([batch.column(batch.schema.get_field_index(column))], [column])
+
+
+def _check_parquet(file: Path, told: pa.FileMetaData, column: str) -> int:
+    """Refuse a table that declares more than any honest one; returns how many of its rows to read at a time.
+
+    A value that a chunk of the column stores once may stand in each of its rows, so the rows read at a time may not be
+    worth more than that many whole chunks.
+    """
+    if told.num_rows > file.stat().st_size // ROW_BYTES:
+        raise InputError(f"{file} declares {told.num_rows:,} rows in {file.stat().st_size:,} bytes; it is a bomb.")
+    values, largest = 1, 1
+    for number in range(told.num_row_groups):
+        group = told.row_group(number)
+        if group.total_byte_size > MAX_GROUP:
+            raise InputError(
+                f"{file}: a row group of {group.total_byte_size:,} bytes is too large; write it in smaller ones."
+            )
+        for chunk in (group.column(place) for place in range(group.num_columns)):
+            if chunk.path_in_schema.split(".")[0] == column:
+                values += int(chunk.num_values)
+                largest = max(largest, int(chunk.total_uncompressed_size))
+    refuse_beyond_memory(f"{file}: its column {column!r}", 8 * values)
+    return max(1, min(256, BATCH_BYTES // largest, BATCH_BYTES * int(told.num_rows) // (8 * values)))
 
 
 def _open_arrow(source: pa.NativeFile) -> Any:

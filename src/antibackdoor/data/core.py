@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from antibackdoor.errors import InputError
+from antibackdoor.limits import MAX_CLASSES, MAX_NAME
 
 Kind = Literal["image", "series"]
 
@@ -83,6 +85,12 @@ class Data:
                 f"{self.spec.kind} samples must be {want} of shape {self.spec.shape}, "
                 f"got {self.x.dtype} of shape {tuple(self.x.shape[1:])}."
             )
+        if len(self.spec.classes) > MAX_CLASSES:
+            raise InputError(
+                f"{len(self.spec.classes):,} classes are more than the {MAX_CLASSES:,} that are supported."
+            )
+        if max(map(len, chain(self.ids, self.spec.classes)), default=0) > MAX_NAME:
+            raise InputError(f"an id or the name of a class is longer than {MAX_NAME:,} characters.")
         if n and not 0 <= int(self.y.min()) <= int(self.y.max()) < len(self.spec.classes):
             bad = int(((self.y < 0) | (self.y >= len(self.spec.classes))).nonzero()[0])
             raise InputError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -20,12 +22,16 @@ from torch import Tensor
 
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.labels import number
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, visible
+from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_beyond_memory, refuse_special
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
 MAX_PIXELS = 64 * 2**20
+LARGE, _ONE_AT_A_TIME = 4 * 2**20, threading.Lock()
+"""Images of more pixels are decoded one by one: every thread with one in its hands would take half a GiB."""
 MAX_SIDE = 64
+MAX_DEPTH = 64
 TEST_NAMES = ("test", "val", "valid")
 CLUTTER = {"thumbs.db", "desktop.ini"}
 
@@ -120,14 +126,19 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in CLUTTER]
 
 
-def _walk(folder: Path, root: Path) -> Iterator[Path]:
+def _walk(folder: Path, root: Path, depth: int = 1) -> Iterator[Path]:
     """All files below `folder` in sorted order; `root` is where links must not lead out of."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"{root} holds folders in each other, more than {MAX_DEPTH} deep.")
+    contained = containment(root)
     for entry in _visible(folder):
         path = Path(entry.path)
-        if entry.is_symlink() and (entry.is_dir() or not path.resolve().is_relative_to(root)):
-            raise InputError(f"{path} is a link out of the data set or to a folder; put the files themselves there.")
-        if entry.is_dir():
-            yield from _walk(path, root)
+        if entry.is_symlink() and not (path.is_file() and contained(path)):
+            raise InputError(
+                f"{path} is a link out of the data set, to a folder or to nothing; put the files themselves there."
+            )
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(path, root, depth + 1)
         else:
             yield path
 
@@ -147,7 +158,8 @@ def _list_folder(root: Path, folder: Path) -> Listing:
 def _list_manifest(path: Path) -> tuple[Listing, Listing]:
     """The training and the test files that a CSV manifest names."""
     folder, train, test, seen = path.parent, Listing(), Listing(), set()
-    contained = _containment(folder)
+    contained = containment(folder)
+    refuse_special(path, MAX_TEXT)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
@@ -171,23 +183,13 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
                     raise InputError(f"{where} names {given!r} a second time; a file can be listed only once.")
                 seen.add(name)
                 (train if split == "train" else test).add(folder / name, str(name), row["label"])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: bytes that are no text, and NUL in a name
         raise InputError(f"cannot read {path} as a CSV file: {error}.") from None
     if not train.paths and not test.paths:
         raise InputError(f"{path} lists no images.")
     return train, test
-
-
-def _containment(folder: Path) -> Callable[[Path], bool]:
-    """A test whether a path stays inside of `folder`, links followed; each parent is resolved only once."""
-    root, parents = folder.resolve(), dict[Path, bool]()
-
-    def contained(path: Path) -> bool:
-        if path.parent not in parents:
-            parents[path.parent] = path.parent.resolve().is_relative_to(root)
-        return parents[path.parent] and (not path.is_symlink() or path.resolve().is_relative_to(root))
-
-    return contained
 
 
 def _read_splits(
@@ -204,6 +206,7 @@ def _read_splits(
 
 
 def _read_all(listings: Sequence[Listing], where: Path, size: tuple[int, int], skip: bool) -> list[Data]:
+    refuse_beyond_memory(where, 3 * size[0] * size[1] * sum(len(listing.paths) for listing in listings))
     # All splits are decoded before anything is refused, so that one sentence can count all that is wrong.
     read = [_decode_all(listing, size) for listing in listings]
     failures = [failure for _, bad in read for failure in bad.values()]
@@ -213,7 +216,7 @@ def _read_all(listings: Sequence[Listing], where: Path, size: tuple[int, int], s
         sentence = f"{len(failures)} of {total} files in {where} cannot be read as images ({listed})"
         if not skip:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(f"{sentence}; they are left out.", UserWarning, stacklevel=4)
+        warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
     data: list[Data] = []
     for listing, (x, bad) in zip(listings, read, strict=True):
         keep = [i for i in range(len(x)) if i not in bad]
@@ -231,6 +234,7 @@ def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
 
     def size(path: Path) -> tuple[int, int] | None:
         try:
+            refuse_special(path)
             with Image.open(path, formats=FORMATS) as image:
                 return image.size
         except Exception:
@@ -253,7 +257,7 @@ def _decode_all(listing: Listing, size: tuple[int, int]) -> tuple[Tensor, dict[i
         if path.suffix.lower() not in EXTENSIONS:
             return "not an image file by its name"
         try:
-            out[row] = decode_image(path.read_bytes(), size).transpose(2, 0, 1)
+            out[row] = decode_image(read_bytes(path), size).transpose(2, 0, 1)
         except FileNotFoundError:
             return "no such file"
         except Exception as error:  # decoders raise whatever they like on damaged files
@@ -271,8 +275,14 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     differ from what others measured on it. Transparency is dropped.
     """
     image = Image.open(BytesIO(encoded), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
+    with _ONE_AT_A_TIME if pixels > LARGE else nullcontext():
+        return _decoded(image, encoded, size)
+
+
+def _decoded(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     if image.format == "PNG":  # the one format with checksums; decoding skips them, and verifying spends the object
         image.verify()
         image = Image.open(BytesIO(encoded), formats=FORMATS)

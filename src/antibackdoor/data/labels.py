@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from antibackdoor.errors import InputError
+from antibackdoor.limits import MAX_NAME
 
 
 def number(names: Sequence[str], ids: Sequence[str], classes: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:
@@ -17,6 +18,9 @@ def number(names: Sequence[str], ids: Sequence[str], classes: Sequence[str] | No
     classes: the training set's, sorted, when `names` belong to a test set; a class that no test sample has is fine.
     Raises InputError for a class that is not among them.
     """
+    longest = max(map(len, names), default=0)
+    if longest > MAX_NAME:  # one such name makes every row of a text array as long
+        raise InputError(f"a class has a name of {longest:,} characters; at most {MAX_NAME:,} make sense.")
     given = np.asarray(names, dtype=np.str_)
     known = np.unique(given) if classes is None else np.asarray(classes, dtype=np.str_)
     if len(given) == 0:

@@ -26,6 +26,7 @@ from antibackdoor.data.series import Missing, load_series
 from antibackdoor.data.shards import EXTENSION as SHARD
 from antibackdoor.data.shards import is_shard_folder, load_shards
 from antibackdoor.errors import InputError, unknown
+from antibackdoor.limits import inside, refuse_special
 
 
 def load(
@@ -88,6 +89,7 @@ def _load(
     held = None if test is None else Path(test)
     if missing not in ("refuse", "interpolate", "zero"):
         raise unknown("choice for missing values", missing, ("refuse", "interpolate", "zero"))
+    refuse_special(path)
     if not path.exists():
         return _load_named(str(source), held, image_size, missing, bool(memory_map), data_root)
     if held is not None and not held.exists():
@@ -173,7 +175,8 @@ def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, p
 def _inside(path: Path) -> Path:
     """The data in a folder that `antibackdoor poison` wrote."""
     if (path / "attack.json").is_file() and (path / "truth.csv").is_file():
-        return next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
+        found = next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
+        return inside(found, path)
     return path
 
 

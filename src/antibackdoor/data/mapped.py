@@ -15,17 +15,19 @@ from numpy.lib.format import open_memmap
 
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
+from antibackdoor.limits import memory, refuse_special
 
 
 def fills_memory(path: Path, share: float = 0.25) -> bool:
     """Whether the arrays of an `.npz` would take more than this share of the memory, and can be mapped instead."""
     try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        refuse_special(path)
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except (AttributeError, ValueError, OSError, zipfile.BadZipFile):  # unknown here, or told when it is read
+    except (ValueError, NotImplementedError, OSError, zipfile.BadZipFile):  # told when it is read
         return False
-    return unpacked > share * memory and os.access(path.parent, os.W_OK)
+    there = memory()
+    return there is not None and unpacked > share * there and os.access(path.parent, os.W_OK)
 
 
 def cache_folder(path: Path) -> Path:

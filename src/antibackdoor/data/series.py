@@ -13,6 +13,7 @@ import torch
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.labels import number
 from antibackdoor.errors import InputError
+from antibackdoor.limits import MAX_TEXT, inside, refuse_beyond_memory, refuse_special
 
 Missing = Literal["refuse", "interpolate", "zero"]
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
@@ -34,7 +35,7 @@ def load_series(path: Path, *, test: Path | None = None, missing: Missing = "ref
     if test is None:
         test = _neighbor(train_file)
     elif test.is_dir():
-        test = next((f for ext in EXTENSIONS for f in sorted(test.glob(f"*_TEST{ext}"))), test)
+        test = next((inside(f, test) for ext in EXTENSIONS for f in sorted(test.glob(f"*_TEST{ext}"))), test)
     train = read_file(train_file)
     return from_cases(*train, *(read_file(test) if test else ()), missing=missing, where=str(path))
 
@@ -46,14 +47,14 @@ def find_train_file(folder: Path) -> Path:
         if len(found) > 1:
             raise InputError(f"{folder} holds {len(found)} files *_TRAIN{extension}; name the one that is meant.")
         if found:
-            return found[0]
+            return inside(found[0], folder)
     raise InputError(f"{folder} holds no file NAME_TRAIN.ts, .tsv or .arff.")
 
 
 def _neighbor(train_file: Path) -> Path | None:
     stem = train_file.stem
     test = train_file.with_name(stem.removesuffix("_TRAIN") + "_TEST" + train_file.suffix)
-    return test if stem.endswith("_TRAIN") and test.is_file() else None
+    return inside(test, test.parent) if stem.endswith("_TRAIN") and test.is_file() else None
 
 
 def read_file(path: Path) -> tuple[Cases, list[str]]:
@@ -65,6 +66,8 @@ def read_file(path: Path) -> tuple[Cases, list[str]]:
             f"reading {path} needs the package aeon: install it with  pip install 'antibackdoor[series]'"
         ) from None
     kind, meta = path.suffix.lower(), {"timestamps": False, "targetlabel": False, "classlabel": True}
+    refuse_special(path, MAX_TEXT)
+    path = path.absolute()  # pandas would take file:/NAME for an address
     try:
         if kind == ".ts":
             x, y, meta = load_from_ts_file(str(path), return_meta_data=True)
@@ -119,6 +122,9 @@ def from_cases(
             "cut or resample them to one length."
         )
     longest = max(max(span) for span in spans)
+    # One long series among many short ones makes all of them long; as float64 while they are cleaned.
+    padded_values = sum(map(len, parts)) * longest * max(channels or {1})
+    refuse_beyond_memory(f"{where}, padded to its longest series,", 12 * padded_values)
     data: list[Data] = []
     cleaned = []
     for cases, part in zip(parts, ("training", "test"), strict=False):

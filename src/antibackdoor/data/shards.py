@@ -19,8 +19,9 @@ import numpy.typing as npt
 from antibackdoor.data.core import Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import MAX_ENCODED, Encoded, Labels, Size, found_in, images, series
+from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
 from antibackdoor.errors import InputError
+from antibackdoor.limits import MAX_SAMPLE
 
 EXTENSION = ".tar"
 LABELS = ("cls", "label", "txt", "json")
@@ -134,7 +135,7 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     seen.add(key)
                 if ending != "npy" and ending not in LABELS and f".{ending}" not in IMAGES:
                     continue
-                if member.size > MAX_ENCODED:
+                if member.size > MAX_SAMPLE - sum(map(len, parts.values())):
                     raise InputError(f"{file}: {member.name!r} has {member.size:,} bytes; at most 64 MiB are read.")
                 opened = archive.extractfile(member)
                 parts[ending] = opened.read() if opened else b""

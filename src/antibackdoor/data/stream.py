@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,14 +20,13 @@ from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, decode_image, in_threads
 from antibackdoor.data.labels import number
 from antibackdoor.data.series import Missing, from_cases
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, visible
+from antibackdoor.limits import inside, refuse_beyond_memory
 
 CHUNK = 256
 """Encoded images in memory at a time."""
-MAX_ENCODED = 64 * 2**20
-"""Bytes of one sample, encoded; no honest one is larger."""
-MAX_SERIES = 2**31
-"""Values of all series together (8 GiB as float32)."""
+CHUNK_BYTES = 256 * 2**20
+"""Bytes of encoded images in memory at a time."""
 
 PLACES = ("data", "train", "test", "validation", "valid", "val")
 
@@ -67,7 +65,7 @@ def images(train: Encoded, test: Encoded | None, where: str, size: Size, *, skip
         sentence = f"{len(reasons)} of {sum(len(p[1]) for p in parts)} images in {where} cannot be read ({listed})"
         if not skip_unreadable:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(f"{sentence}; they are left out.", UserWarning, stacklevel=4)
+        warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
     data: list[Data] = []
     for part, (x, ids, bad) in zip((train, test), parts, strict=False):
         assert part is not None
@@ -93,8 +91,6 @@ def series(
               for part in zip(cases, ids, strict=True)]  # fmt: skip
     if not shaped[0]:
         raise InputError(f"{where} holds no samples.")
-    if sum(case.size for part in shaped for case in part) > MAX_SERIES:
-        raise InputError(f"{where} holds more than {MAX_SERIES:,} values, too many to read into memory.")
     placeholder = [["0"] * len(part) for part in shaped]
     test = shaped[1] if len(shaped) > 1 else None
     read = from_cases(shaped[0], placeholder[0], test, placeholder[-1], missing=missing, where=where)
@@ -169,7 +165,8 @@ def _decode(records: Iterator[tuple[str, bytes]], size: tuple[int, int]) -> tupl
         except Exception as error:  # decoders raise whatever they like on damaged data
             return f"{record[0]}: {str(error).split('<_io')[0].strip() or type(error).__name__}"
 
-    for chunk in chunks(records, CHUNK):
+    for chunk in chunks(records, CHUNK, lambda record: len(record[1])):
+        refuse_beyond_memory(f"the images up to {chunk[-1][0]!r}", 3 * size[0] * size[1] * (len(ids) + len(chunk)))
         block = np.zeros((len(chunk), size[1], size[0], 3), dtype=np.uint8)
         for row, pixels in enumerate(in_threads(decode, chunk)):
             if isinstance(pixels, str):
@@ -183,17 +180,20 @@ def _decode(records: Iterator[tuple[str, bytes]], size: tuple[int, int]) -> tupl
 
 def found_in(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
     """Files with these endings in a folder and in folders of it that hold data or splits; links must not lead out."""
-    root = folder.resolve()
     for place in (folder, *(folder / name for name in PLACES)):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
             if file.suffix.lower() in endings and file.is_file():
-                if not file.resolve().is_relative_to(root):
-                    raise InputError(f"{file} is a link out of the data set; put the file itself there.")
-                yield file
+                yield inside(file, folder)
 
 
-def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of at most `size` items."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int] = lambda _: 0) -> Iterator[list[Item]]:
+    """Lists of at most `size` items; a list ends earlier where its items weigh more than `CHUNK_BYTES` together."""
+    chunk, weight = list[Item](), 0
+    for item in items:
+        chunk.append(item)
+        weight += weigh(item)
+        if len(chunk) == size or weight > CHUNK_BYTES:
+            yield chunk
+            chunk, weight = [], 0
+    if chunk:
         yield chunk

@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from antibackdoor.errors import InputError
+from antibackdoor.limits import refuse_special
 from antibackdoor.models.layers import Normalize
 
 MAX_BYTES = 16 * 2**30
+"""No network of this kind has more."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -21,10 +24,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is no .safetensors file; pickled weights can run code and are never read.")
     if not path.is_file():
         raise InputError(f"the weights {path} do not exist.")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{path} is larger than 16 GiB; that is no network of this kind.")
+    refuse_special(path, MAX_BYTES)
     try:
         return load_file(path)
+    except Exception as error:  # safetensors raises its own type, which it does not export for catching
+        raise InputError(f"cannot read the weights {path}: {str(error).splitlines()[0]}.") from None
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a `.safetensors` file, from its header alone."""
+    refuse_special(path, MAX_BYTES)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # safetensors raises its own type, which it does not export for catching
         raise InputError(f"cannot read the weights {path}: {str(error).splitlines()[0]}.") from None
 

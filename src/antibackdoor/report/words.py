@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from antibackdoor.errors import visible
+
 LONGEST = 500
 
 NAMES = {
@@ -49,7 +51,7 @@ def plain(value: object, longest: int = LONGEST) -> str:
     text = str(value)
     if len(text) > longest:
         text = text[: longest - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return visible(text)
 
 
 def chart_text(value: object, longest: int = 28) -> str:

@@ -16,7 +16,7 @@ from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.data.folders import folder_names, write_class_folders
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import csv_cell
+from antibackdoor.files import HARMFUL, csv_cell
 from antibackdoor.review.decisions import Undecided
 from antibackdoor.review.session import Session
 
@@ -75,7 +75,7 @@ def _files(session: Session) -> Path | None:
 
 def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
     """path (or id, where samples are no files), label, split; names stay as they are, to name the files exactly."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([first, "label", "split"])
         for split, data in (("train", cleaned.train), ("test", cleaned.test)):
@@ -85,7 +85,8 @@ def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
             for name in (*data.ids, *names):
                 if csv_cell(name) != name:
                     raise InputError(
-                        f"{name!r} could run as a formula where a table is opened; export a folder or an npz instead."
+                        f"{name!r} could run as a formula or hide something where a table is opened; "
+                        "export a folder or an npz instead."
                     )
             table.writerows([name, label, split] for name, label in zip(data.ids, names, strict=True))
 
@@ -121,13 +122,13 @@ def _copy_files(data: Data, files: Path, root: Path, folders: list[str]) -> None
 
 
 def _write_lists(part: Path, session: Session, stays: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]) -> None:
-    """`keep.txt`, ids one a line (one with a line break or a leading quote as a JSON string), and `drop.csv`."""
+    """`keep.txt`, ids one a line (one with control characters or a leading quote as a JSON string), and `drop.csv`."""
     data, classes = session.data, session.data.spec.classes
     kept = [data.ids[row] for row in np.flatnonzero(stays)]
-    lines = [json.dumps(name) if name.startswith('"') or name.splitlines() != [name] else name for name in kept]
-    (part / "keep.txt").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    lines = [json.dumps(name) if name.startswith('"') or HARMFUL.search(name) else name for name in kept]
+    (part / "keep.txt").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
     given = data.y.cpu().numpy()
-    with (part / "drop.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (part / "drop.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["id", "label", "action", "new_label", "score", "flagged", "reason"])
         changed = np.flatnonzero(~stays | (labels != given))

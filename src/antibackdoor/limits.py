@@ -1,0 +1,117 @@
+"""What no file may do to the machine: the limits that every reader keeps, in one place.
+
+Data come from the adversary, so what a file declares is checked before anything is made of it. Each limit is far from
+what an honest set needs.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from antibackdoor.errors import InputError
+
+GIB = 2**30
+MAX_SAMPLE = 64 * 2**20
+"""Bytes of one sample's file, or of one sample inside of a container."""
+MAX_DOCUMENT = 64 * 2**20
+"""Bytes of a JSON or TOML file."""
+MAX_TEXT = 4 * GIB
+"""Bytes of a file of series or a manifest, which are text."""
+MAX_NAME = 4096
+"""Characters of an id or of the name of a class; no path is longer."""
+MAX_CLASSES = 100_000
+"""Classes of a set; the last layer of every network has a row for each."""
+UNPACKED, RATIO = GIB, 200
+"""An archive that grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
+
+
+def memory() -> int | None:
+    """Bytes of memory of this machine, or of the container it runs in; None where that cannot be told."""
+    found = []
+    with suppress(AttributeError, ValueError, OSError):  # not on Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, version 2 and 1
+        with suppress(ValueError, OSError):
+            found.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
+    return min(found, default=None)
+
+
+def refuse_beyond_memory(where: object, needed: int) -> None:
+    """Refuse what would take `needed` bytes of memory where there are fewer in all."""
+    there = memory()
+    if there is not None and needed > there:
+        raise InputError(
+            f"{where} would take {needed / GIB:,.1f} GiB of memory, but this machine has {there / GIB:,.1f}; use a "
+            "smaller size, or fewer samples."
+        )
+
+
+def refuse_special(path: Path, limit: int | None = None) -> None:
+    """Refuse a pipe, a device or a socket, whose reading may never end, and a file of more than `limit` bytes.
+
+    A folder passes, and so does what does not exist: the reader tells what it wants.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{path} is a pipe, a device or a socket; only plain files are read.")
+    if limit is not None and stat.S_ISREG(found.st_mode) and found.st_size > limit:
+        raise InputError(f"{path} has {found.st_size:,} bytes; at most {limit:,} are read from a file of this kind.")
+
+
+def read_bytes(path: Path, limit: int = MAX_SAMPLE) -> bytes:
+    """The content of a plain file of at most `limit` bytes."""
+    refuse_special(path, limit)
+    with path.open("rb") as file:
+        return file.read(limit)
+
+
+def read_text(path: Path, limit: int = MAX_DOCUMENT) -> str:
+    """The content of a plain file of at most `limit` bytes as UTF-8."""
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def refuse_bomb(path: Path) -> None:
+    """Refuse a zip archive whose members, as they declare themselves, unpack to far more than any honest array.
+
+    Nothing beyond the declared size is ever unpacked, so a declaration that lies only loses its end.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > max(UNPACKED, RATIO * path.stat().st_size):
+        raise InputError(
+            f"{path} unpacks to {unpacked / GIB:,.1f} GiB, {unpacked // path.stat().st_size} times its size: it is a "
+            "bomb, or holds nothing."
+        )
+
+
+def containment(folder: Path) -> Callable[[Path], bool]:
+    """A test whether a path stays inside of `folder`, links followed; each parent is resolved only once."""
+    root, parents = folder.resolve(), dict[Path, bool]()
+
+    def resolved(path: Path) -> bool:
+        try:
+            return path.resolve().is_relative_to(root)
+        except (OSError, RuntimeError):  # links that lead to each other
+            return False
+
+    def contained(path: Path) -> bool:
+        if path.parent not in parents:
+            parents[path.parent] = resolved(path.parent)
+        return parents[path.parent] and (not path.is_symlink() or resolved(path))
+
+    return contained
+
+
+def inside(path: Path, folder: Path) -> Path:
+    """`path`, found in a data set's `folder`; InputError where it is a link that leads out of it."""
+    if not containment(folder)(path):
+        raise InputError(f"{path} is a link out of the data set; put the file itself there.")
+    return path
