@@ -15,7 +15,7 @@ from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
 from antibackdoor.options import options
-from antibackdoor.training.groups import clusters, projections, scored_by_class
+from antibackdoor.training.features import clusters, projections, scored_by_class
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy, Step, forward

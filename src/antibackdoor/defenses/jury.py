@@ -15,10 +15,11 @@ from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
+from antibackdoor.training.groups import shared, weighed
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
-from antibackdoor.training.scores import logits_of
+from antibackdoor.training.scores import features_of, logits_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -32,11 +33,15 @@ class Jury(Defense):
        the samples of the same label, of `Persistence` over looks at geometric steps.
     2. Home: for each class a shallow outsider learns all OTHER classes. A sample that only the trigger ties to its
        label looks to it like one of its own: `h`, its confidence in another class.
+    3. Neighbors: a trigger puts its samples next to each other in the features of the witness that learned it, so each
+       sample shares e and h with its `neighbors` nearest of the same label. What is noise in single samples averages
+       out, and a poisoned sample that looks innocent by itself is found in the company it keeps.
        Where classes are hard to tell apart, ease shows the poison and outsiders are unsure of everything; where they
-       are easy, everything is learned at once, but outsiders are sure of poison only. Suspicion: `max(e, h)`.
-    3. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
+       are easy, everything is learned at once, but outsiders are sure of poison only. So within each class e and h are
+       added by how clearly each of them divides the class in two, and the sum, the suspicion, is shared once more.
+    4. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends if no class turns out to be attacked.
-    4. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
+    5. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
        attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval) and
        these were learned early, in the easier half of the whole set: clean samples that look like another class come
        late. They learn as what it takes them for; samples it agrees with get their label back, but for the `excluded`
@@ -54,6 +59,7 @@ class Jury(Defense):
         epochs=1, min_steps=150, batch_size=64, learning_rate=0.05, augment="none"
     )
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
+    neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
     trusted: Annotated[float, Field(gt=0, le=1, description="share of each class that is trusted from the start")] = (
         0.35
     )
@@ -68,8 +74,10 @@ class Jury(Defense):
     def run(self, job: Job) -> Outcome:
         """Question the witnesses, train the model, and judge."""
         given = job.data.y.cpu()
-        ease, home = self._ease(job), self._home(job, given)
-        suspicion = torch.maximum(within(ease, given), home)
+        ease, features = self._ease(job)
+        opinions = torch.stack([within(ease, given), self._home(job, given)], 1)
+        opinions = shared(opinions, features, given, self.neighbors, seed=job.seed)
+        suspicion = shared(weighed(opinions, given), features, given, self.neighbors, seed=job.seed)
         model = job.model()
         hearing = Hearing(self, job, model, within(suspicion, given), ease)
         job.fit("training", model, hearing, job.recipe(self.main))
@@ -80,12 +88,13 @@ class Jury(Defense):
         tap = Tap(job.model(name), None, len(job.data.spec.classes), example.x, example.lengths)
         return tap.to(job.fabric.device)
 
-    def _ease(self, job: Job) -> Tensor:
+    def _ease(self, job: Job) -> tuple[Tensor, Tensor]:
+        """`(n,)`: how soon and how firmly the witness learned each label; and the features it has at the end."""
         n, tap = len(job.data), self._tapped(job, "trap")
         steps = self.trap.epochs_for(n) * steps_per_epoch(n, self.trap.batch_for(n))
         witness = Witness(job, geometric(steps, self.looks))
         job.fit("trap", tap, witness, self.trap, parameters=tap.warm_up_parameters())
-        return witness.ranking.scores()
+        return witness.ranking.scores(), features_of(tap, job.data, job.fabric, call=second_logits)
 
     def _home(self, job: Job, given: Tensor) -> Tensor:
         """`(n,)`: the confidence in another class of the outsider that was never shown a sample of this label."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from antibackdoor.defenses.base import Outcome
 from antibackdoor.detectors.base import DETECTORS, Detector, Split, enough, split_classes
 from antibackdoor.options import options
-from antibackdoor.training.groups import clusters
+from antibackdoor.training.features import clusters
 from antibackdoor.training.job import Job
 from antibackdoor.training.scores import check_finite, features_of
 

@@ -16,7 +16,7 @@ from antibackdoor.defenses.base import Outcome
 from antibackdoor.errors import InputError
 from antibackdoor.options import options
 from antibackdoor.registry import Registry
-from antibackdoor.training.groups import each_class
+from antibackdoor.training.features import each_class
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy

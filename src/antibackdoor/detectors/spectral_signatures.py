@@ -11,30 +11,11 @@ from torch import Tensor, nn
 from antibackdoor.defenses.base import Outcome
 from antibackdoor.detectors.base import DETECTORS, Detector, Split, enough, split_classes
 from antibackdoor.options import options
-from antibackdoor.training.groups import projections
+from antibackdoor.training.features import projections
+from antibackdoor.training.groups import halves
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import check_finite, features_of
-
-
-def halves(values: Tensor) -> tuple[Tensor, float]:
-    """The cut of `(m,)` numbers into two groups of least variance, and how far they lie apart.
-
-    Returns the group `(m,)` bool whose values lie further from zero, and Ashman's D, |mean_1 - mean_2| over the root
-    mean variance of the groups: 2.6 for one normal distribution cut in its middle, 3.5 for a uniform one.
-    """
-    ordered, order = values.sort()
-    m = len(values)
-    counts = torch.arange(1, m, dtype=torch.float64)
-    sums = ordered.cumsum(0)
-    between = (sums[:-1] - counts * sums[-1] / m) ** 2 / (counts * (m - counts))
-    cut = int(between.argmax()) + 1
-    low, high = ordered[:cut], ordered[cut:]
-    spread = ((low.var(correction=0) + high.var(correction=0)) / 2).sqrt()
-    group = torch.zeros(m, dtype=torch.bool)
-    group[order[cut:] if float((high**2).mean()) > float((low**2).mean()) else order[:cut]] = True
-    # Two groups of equal values are as far apart as can be; the bound keeps the number finite.
-    return group, min(1e6, float((high.mean() - low.mean()) / spread.clamp_min(1e-300)))
 
 
 @DETECTORS.register("spectral_signatures", paper="Tran et al. 2018, Spectral Signatures in Backdoor Attacks")

@@ -1,92 +1,78 @@
-"""What the features of one class tell of its samples: two clusters, and the direction in which they vary most."""
+"""Groups among samples of one class: opinions shared by neighbors, and where a class falls into two."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
+import torch.nn.functional as F
 from torch import Tensor
 
-from antibackdoor.seeds import derive
+from antibackdoor.seeds import generator
 
-DIRECTIONS, ROUNDS, LARGE = 6, 8, 1024
-"""Size and rounds of the subspace iteration, and from which size of the smaller Gram matrix on it is the cheaper."""
-SILHOUETTE_SAMPLES = 2000
-"""The silhouette needs all distances between samples; of larger classes this many are looked at."""
+CHUNK = 2048
+"""Samples whose distances are computed at once."""
 
 
-def each_class(features: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Class number, row numbers `(m,)` and centered features `(m, D)` float64 of every class that can be cut in two.
+def shared(
+    opinions: Tensor, features: Tensor, labels: Tensor, neighbors: int, *, most: int = 4096, seed: int = 0
+) -> Tensor:
+    """Each sample's opinion averaged with those of its nearest samples of the same label.
 
-    A class of fewer than 4 samples, or whose features are all the same, has nothing to cut.
+    opinions `(n, m)` or `(n,)`, features `(n, D)`, labels `(n,)`; near by cosine. A noisy opinion about single samples
+    becomes a sharp one about groups, if only the features keep the groups apart. Of a label with more than `most`
+    samples, random `most` are asked, so that time and memory grow with n and not with its square.
     """
-    for label in y.unique().tolist():
-        rows = (y == label).nonzero().flatten()
-        own = features[rows].double()
-        centered = own - own.mean(0)
-        if len(rows) >= 4 and float(centered.abs().max()) > 1e-6 * (1 + float(own.abs().max())):
-            yield int(label), rows, centered
+    result = opinions.double().clone()
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        count = min(neighbors + 1, len(rows))  # a sample is its own nearest
+        asked = rows
+        if len(rows) > most:
+            asked = rows[torch.randperm(len(rows), generator=generator(seed, "neighbors", label))[:most]]
+        known = F.normalize(features[asked].float(), dim=1)
+        for part in rows.split(CHUNK):
+            nearest = (F.normalize(features[part].float(), dim=1) @ known.T).topk(count, dim=1).indices
+            result[part] = opinions[asked][nearest].double().mean(1)
+    return result
 
 
-def scored_by_class(features: Tensor, y: Tensor, score: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """`(n,)` float64: what `score(features of a class, its number)` gives; 0 in a class that has nothing to cut."""
-    scores = torch.zeros(len(y), dtype=torch.float64)
-    for label, rows, own in each_class(features, y):
-        scores[rows] = score(own, label)
-    return scores
+def weighed(opinions: Tensor, labels: Tensor) -> Tensor:
+    """`(n, m)` opinions as one, class by class: standardized, each weighed by how clearly it divides the class.
 
-
-def projections(features: Tensor, label: int = 0) -> Tensor:
-    """`(m,)` float64: centered features `(m, D)` along their first right singular vector; the sign has no meaning.
-
-    Found from the smaller Gram matrix or, where both are large, by subspace iteration on a few random directions (Halko
-    et al. 2011), drawn anew for each label; never by a full decomposition.
+    Which witness knows something differs from class to class, and one that knows nothing sees no two groups: the weight
+    is the distance of the `halves`, once in their own spread (Ashman's D) and once as it is.
     """
-    features = features.double()
-    m, dims = features.shape
-    if m < dims and m <= LARGE:
-        values, vectors = torch.linalg.eigh(features @ features.T)
-        along: Tensor = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
-        return along
-    if dims <= LARGE:
-        direction: Tensor = torch.linalg.eigh(features.T @ features).eigenvectors[:, -1]
-        return features.mv(direction)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(0, "spectral signatures", label))
-        _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, m, dims), niter=ROUNDS)
-    return features.mv(v[:, 0])
+    result = torch.zeros(len(labels), dtype=torch.float64)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        if len(rows) > 1:
+            columns = opinions[rows].double().unbind(1)
+            weights = [_clarity(column) for column in columns]
+            result[rows] = torch.stack(
+                [w * (c - c.mean()) / c.std().clamp_min(1e-9) for w, c in zip(weights, columns, strict=True)]
+            ).sum(0) / max(sum(weights), 1e-9)
+    return result
 
 
-def clusters(features: Tensor, label: int = 0, components: int = 10) -> tuple[Tensor, Tensor, float]:
-    """Centered features `(m, D)` of one class, reduced to this many principal components, in two clusters by 2-means.
+def _clarity(values: Tensor) -> float:
+    group, apart = halves(values)
+    return apart * float(values[group].mean() - values[~group].mean()) if group.any() and not group.all() else 0.0
 
-    Returns, for each sample, how much closer it lies to the smaller of the two, `s * (b - a) / max(a, b)` with a, b the
-    distances to the centers of the smaller and the larger one and s the silhouette, `(m,)` in [-1, 1]; whether it is in
-    the smaller one, `(m,)` bool; and s, of at most 2,000 samples, drawn from both clusters in proportion.
+
+def halves(values: Tensor) -> tuple[Tensor, float]:
+    """The cut of `(m,)` numbers into two groups of least variance, and how far they lie apart.
+
+    Returns the group `(m,)` bool whose values lie further from zero, and Ashman's D, |mean_1 - mean_2| over the root
+    mean variance of the groups: 2.6 for one normal distribution cut in its middle, 3.5 for a uniform one.
     """
-    seed = derive(0, "activation clustering", label) & 0x7FFFFFFF
-    values = features.numpy()
-    if components < min(values.shape):
-        values = PCA(components, svd_solver="randomized", random_state=seed).fit_transform(values)
-    found = KMeans(2, n_init=10, random_state=seed).fit(values)
-    smaller = int(np.bincount(found.labels_, minlength=2).argmin())
-    group = found.labels_ == smaller
-    distances = found.transform(values)
-    near, far = distances[:, smaller], distances[:, 1 - smaller]
-    apart = _silhouette(values, group, seed)
-    leaning = max(apart, 0.0) * (far - near) / np.maximum(np.maximum(far, near), 1e-300)
-    return torch.from_numpy(leaning), torch.from_numpy(group), apart
-
-
-def _silhouette(values: np.ndarray, group: np.ndarray, seed: int) -> float:
-    share = min(1.0, SILHOUETTE_SAMPLES / len(values))
-    rng = np.random.default_rng(seed)
-    rows = [rng.permutation(np.flatnonzero(group == side)) for side in (False, True)]
-    chosen = np.concatenate([part[: max(2, round(share * len(part)))] for part in rows])
-    if group[chosen].all() or not group.any():  # all samples in one cluster
-        return 0.0
-    return float(silhouette_score(values[chosen], group[chosen]))
+    ordered, order = values.sort()
+    m = len(values)
+    counts = torch.arange(1, m, dtype=torch.float64)
+    sums = ordered.cumsum(0)
+    between = (sums[:-1] - counts * sums[-1] / m) ** 2 / (counts * (m - counts))
+    cut = int(between.argmax()) + 1
+    low, high = ordered[:cut], ordered[cut:]
+    spread = ((low.var(correction=0) + high.var(correction=0)) / 2).sqrt()
+    group = torch.zeros(m, dtype=torch.bool)
+    group[order[cut:] if float((high**2).mean()) > float((low**2).mean()) else order[:cut]] = True
+    # Two groups of equal values are as far apart as can be; the bound keeps the number finite.
+    return group, min(1e6, float((high.mean() - low.mean()) / spread.clamp_min(1e-300)))

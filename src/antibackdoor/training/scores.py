@@ -41,12 +41,20 @@ def logits_of(
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, data: Data, fabric: Fabric, rows: Tensor | None = None, *, size: int = 512) -> Tensor:
+def features_of(
+    model: nn.Module,
+    data: Data,
+    fabric: Fabric,
+    rows: Tensor | None = None,
+    *,
+    call: Callable[[nn.Module, Batch], Tensor] = forward,
+    size: int = 512,
+) -> Tensor:
     """Penultimate features `(m, D)` float32 on the CPU: what the classifying linear layer of any module is given.
 
     That layer is the last `nn.Linear` that runs and has one output a logit; what it is given at several positions
     `(m, ..., D)` is averaged over them. One batched pass in evaluation mode, without augmentation; the hooks are gone
-    afterwards. Raises InputError for a module that has no such layer.
+    afterwards. call: how to get logits from the model. Raises InputError for a module that has no such layer.
     """
     seen: dict[int, Tensor] = {}
 
@@ -56,7 +64,7 @@ def features_of(model: nn.Module, data: Data, fabric: Fabric, rows: Tensor | Non
 
     def features(batch: Batch) -> Tensor:
         seen.clear()
-        width = forward(model, batch).shape[-1]
+        width = call(model, batch).shape[-1]
         if width not in seen or len(seen[width]) != len(batch.rows):
             raise InputError("this model does not end in a linear layer, so it has no features to look at.")
         found = seen[width]

@@ -1,0 +1,83 @@
+"""Opinions shared by neighbors and weighed by how clearly they divide a class, on groups that are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from antibackdoor.training.groups import halves, shared, weighed
+
+
+def normal(n: int, seed: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def two_directions(n: int) -> Tensor:
+    """Features of n samples along one axis and of n along another, a little shaken."""
+    shaken = 0.05 * normal(4 * n, 0).view(2 * n, 2)
+    return shaken + torch.eye(2, dtype=torch.float64).repeat_interleave(n, 0)
+
+
+def test_shared_by_hand() -> None:
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.1, 3.0]])
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert shared(torch.tensor([1.0, 0.0, 4.0, 2.0]), features, labels, 1).tolist() == [0.5, 0.5, 3.0, 3.0]
+
+
+def test_nobody_asks_a_sample_of_another_label() -> None:
+    opinions, labels = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 1, 0, 1])
+    assert torch.equal(shared(opinions, torch.ones(4, 2), labels, 3), opinions.double())
+
+
+def test_without_neighbors_each_keeps_its_own() -> None:
+    opinions = normal(40, 1).view(20, 2)
+    assert torch.equal(shared(opinions, two_directions(10), torch.zeros(20, dtype=torch.int64), 0), opinions)
+
+
+def test_sharing_makes_a_noisy_opinion_about_a_group_sharp() -> None:
+    group = torch.arange(200) >= 100
+    noisy = group + normal(200, 2)
+    clear = shared(noisy, two_directions(100), torch.zeros(200, dtype=torch.int64), 30)
+    wrong = [((opinions > 0.5) != group).double().mean() for opinions in (noisy, clear)]
+    assert wrong[0] > 0.2 and wrong[1] < 0.05
+
+
+def test_of_a_large_class_some_are_asked() -> None:
+    group = torch.arange(400) >= 200
+    opinions, labels = group.double(), torch.zeros(400, dtype=torch.int64)
+    some = shared(opinions, two_directions(200), labels, 10, most=50, seed=3)
+    assert torch.equal(some, shared(opinions, two_directions(200), labels, 10, most=50, seed=3))
+    assert torch.equal(some > 0.5, group)
+
+
+def test_the_witness_that_sees_two_groups_is_believed() -> None:
+    group = torch.arange(100) < 30
+    knows, guesses = group + 0.02 * normal(100, 4), 0.1 * normal(100, 5)
+    for opinions in (torch.stack([knows, guesses], 1), torch.stack([guesses, knows], 1)):
+        heard = weighed(opinions, torch.zeros(100, dtype=torch.int64))
+        assert heard[group].min() > heard[~group].max()
+
+
+def test_each_class_believes_its_own_witness() -> None:
+    labels = torch.arange(200) // 100
+    group = torch.arange(200) % 100 < 30
+    first, second = group + 0.02 * normal(200, 6), 0.1 * normal(200, 7)
+    opinions = torch.where((labels == 0)[:, None], torch.stack([first, second], 1), torch.stack([second, first], 1))
+    heard = weighed(opinions, labels)
+    for label in (0, 1):
+        assert heard[group & (labels == label)].min() > heard[~group & (labels == label)].max()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_opinions_that_say_nothing_weigh_nothing(n: int) -> None:
+    assert weighed(torch.ones(n, 2), torch.zeros(n, dtype=torch.int64)).tolist() == [0.0] * n
+
+
+def test_halves_tell_groups_from_one_distribution() -> None:
+    group, apart = halves(torch.tensor([1.0, 1.1, 5.0, 0.9]).double())
+    assert group.tolist() == [False, False, True, False] and apart > 50
+    assert halves(normal(20000, 8))[1] == pytest.approx(2.65, abs=0.05)
+    assert halves(torch.linspace(0, 1, 1001).double())[1] == pytest.approx(math.sqrt(12), abs=0.01)
