@@ -220,8 +220,10 @@ class _Part:
         else:
             with _reading(self.path, key):
                 array = map_member(self.path, key)
+        if array.ndim == 0:
+            raise InputError(f"{self.path}: {key} is a single number, not one sample for each label.")
         step = _step(array.shape, array.dtype)
-        starts = range(0, len(array) if array.ndim else 0, step)
+        starts = range(0, len(array), step)
         pieces = partial(map, lambda start: array[start : start + step], starts)
         return _Raw(array.shape, array.dtype, pieces, array if self.memory_map else None)
 
@@ -306,7 +308,7 @@ def _reading(path: Path, name: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if "pickle" in str(error).lower() or "object" in str(error).lower():
+        if any(told in str(error) for told in ("Object arrays", "pickled (object)", "Python objects")):
             raise InputError(
                 f"{path}: {name} holds pickled Python objects, which are never read; save plain arrays of numbers."
             ) from None

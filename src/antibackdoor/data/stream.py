@@ -132,6 +132,9 @@ def numbered(labels: Labels, ids: Sequence[str], classes: Sequence[str] | None) 
     """
     names, texts = labels.names, [str(label) for label in labels.given]
     if all(isinstance(label, int) for label in labels.given):
+        beyond = next((row for row, label in enumerate(labels.given) if not -(2**63) <= int(label) < 2**63), None)
+        if beyond is not None:
+            raise InputError(f"sample {ids[beyond]!r} has a label beyond 63 bits; number the classes 0..K-1.")
         numbers = np.array(labels.given, dtype=np.int64)
         distinct = np.unique(numbers).tolist()
         if names is None and classes is None and distinct == list(range(len(distinct))):
