@@ -7,11 +7,14 @@ what an honest set needs.
 from __future__ import annotations
 
 import os
+import re
 import stat
+import tomllib
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from antibackdoor.errors import InputError
 
@@ -69,13 +72,35 @@ def refuse_special(path: Path, limit: int | None = None) -> None:
 def read_bytes(path: Path, limit: int = MAX_SAMPLE) -> bytes:
     """The content of a plain file of at most `limit` bytes."""
     refuse_special(path, limit)
-    with path.open("rb") as file:
-        return file.read(limit)
+    return path.read_bytes()
 
 
 def read_text(path: Path, limit: int = MAX_DOCUMENT) -> str:
     """The content of a plain file of at most `limit` bytes as UTF-8."""
     return read_bytes(path, limit).decode("utf-8")
+
+
+def read_toml(path: Path, wrong: str) -> dict[str, Any]:
+    """The content of a TOML file; InputError that begins with `wrong` where it is none. A missing file raises OSError.
+
+    Keys of thousands of parts, which take the parser minutes and gigabytes, are refused before.
+    """
+    try:
+        text = read_text(path)
+        if DOTTED.search(text):
+            raise InputError(f"{wrong}: a key has more than {DEPTH} parts.")
+        return tomllib.loads(text)
+    except RecursionError:
+        raise InputError(f"{wrong}: it is nested too deeply.") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{wrong}: {error}.") from None
+
+
+DEPTH = 64
+DOTTED = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{DEPTH}}}""")
+"""Possessive, and from the start of a word only, so that it takes linear time."""
 
 
 def refuse_bomb(path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.limits import read_text
+from antibackdoor.limits import read_toml
 
 
 def read_settings(path: Path, known: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -19,12 +18,8 @@ def read_settings(path: Path, known: Iterable[str]) -> tuple[dict[str, Any], lis
     TOML, and for a name that is no option.
     """
     try:
-        read = tomllib.loads(read_text(path))
-    except InputError:
-        raise
-    except RecursionError:
-        raise InputError(f"cannot read the settings in {path}: they are nested too deeply.") from None
-    except (OSError, ValueError) as error:
+        read = read_toml(path, f"cannot read the settings in {path}")
+    except OSError as error:
         raise InputError(f"cannot read the settings in {path}: {error}.") from None
     table = read.pop("set", {})
     if not isinstance(table, dict):

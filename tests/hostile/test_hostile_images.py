@@ -86,8 +86,7 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "png 2147483647x1": (png(2**31 - 1, 1, pixels=b""), "bad__png", "pixels"),
     "png 0x0": (png(0, 0), "bad__png", r"\w"),
     "png 4294967295x4294967295": (png(2**32 - 1, 2**32 - 1, pixels=b""), "bad__png", "pixels"),
-    "bmp 60000x60000": (
-        BMP[:18] + struct.pack("<ii", 60000, 60000) + BMP[26:], "bad__bmp", HUGE),
+    "bmp 60000x60000": (BMP[:18] + struct.pack("<ii", 60000, 60000) + BMP[26:], "bad__bmp", HUGE),
     "bmp -2147483648 high": (BMP[:18] + struct.pack("<ii", 8, -(2**31)) + BMP[26:], "bad__bmp", r"\w"),
     "ppm 60000x60000": (b"P6 60000 60000 255\n", "bad__ppm", HUGE),
     "ppm 99999999999x1": (b"P6 99999999999 1 255\n", "bad__ppm", r"\w"),
@@ -106,8 +105,10 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "png with a bomb as its profile": (png(8, 8, BOMB_PROFILE), "bad__png", "[Dd]ecompress|too large"),
     "jpeg of nothing but markers": (b"\xff\xd8" + b"\xff\xe1\x00\x02" * 10**5, "bad__jpg", r"\w"),
     "jpeg that says 65535x65535": (
-        JPEG.replace(struct.pack(">BHH", 8, 40, 40), struct.pack(">BHH", 8, 65535, 65535)), "bad__jpg",
-        HUGE),
+        JPEG.replace(struct.pack(">BHH", 8, 40, 40), struct.pack(">BHH", 8, 65535, 65535)),
+        "bad__jpg",
+        HUGE,
+    ),
     "webp whose header lies about its size": (WEBP[:4] + b"\xff\xff\xff\x7f" + WEBP[8:], "bad__webp", r"\w"),
     "svg under the name of a png": (SVG, "bad__png", "cannot identify"),
     "svg under its own name": (SVG, "bad__svg", "not an image file by its name"),
@@ -119,7 +120,7 @@ FILES: dict[str, tuple[bytes, str, str]] = {
     "html under the name of a jpg": (b"<html><script>alert(1)</script>", "bad__jpg", "cannot identify"),
     "python file": (b"import os", "bad__py", "not an image file by its name"),
     "png with two names": (encoded(), "bad__png__exe", "not an image file by its name"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -219,12 +220,14 @@ HARMLESS: dict[str, bytes] = {
     "jpeg with a profile that lies about its size": encoded("JPEG", icc_profile=b"\xff\xff\xff\xff" + bytes(200)),
     "jpeg with broken EXIF": encoded("JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff"),
     "jpeg with EXIF whose directory points at itself": encoded(
-        "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x69\x87\x04\x00\x01\x00\x00\x00\x08\x00\x00\x00"
-        b"\x08\x00\x00\x00"),
+        "JPEG",
+        exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x69\x87\x04\x00\x01\x00\x00\x00\x08\x00\x00\x00"
+        b"\x08\x00\x00\x00",
+    ),
     "jpeg under the name of a png": encoded("JPEG"),
     "webp of many frames": encoded("WEBP", save_all=True, append_images=[Image.new("RGB", (8, 8))] * 50),
     "png of many frames": encoded("PNG", save_all=True, append_images=[Image.new("RGB", (8, 8))] * 50),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HARMLESS)

@@ -56,7 +56,9 @@ class Court:
         self.options = Jury(trusted=0.5, excluded=0.2, **options)
         self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
         self.ease = self.place.double()
-        self.hearing = Hearing(self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease)
+        self.hearing = Hearing(
+            self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease, [False] * 4
+        )
 
     def hear(self, answers: Tensor, confidence: float = 0.99) -> None:
         """What the model is made to say of every sample."""
@@ -124,6 +126,13 @@ def test_samples_learned_late_accuse_nobody() -> None:
     assert torch.equal(court.hearing.labels, court.given)
 
 
+def test_samples_learned_late_accuse_where_the_outsiders_see_two_groups() -> None:
+    court = Court()
+    court.hearing.early, court.hearing.divided = 1 - court.hearing.early, [False, True, False, False]
+    court.hear(torch.where((court.given < 2) & (court.place >= 5), 2, court.given))
+    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+
+
 def test_an_unsure_model_accuses_nobody() -> None:
     court = Court()
     court.hear(torch.where(court.given == 1, 2, court.given), confidence=0.6)
@@ -158,5 +167,5 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     data.y[data.y == 3] = 0
     data.y[0] = 3
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
-    hearing = Hearing(Jury(), job, job.model(), within(torch.rand(40), data.y), torch.rand(40))
+    hearing = Hearing(Jury(), job, job.model(), within(torch.rand(40), data.y), torch.rand(40), [False] * 4)
     assert hearing.trusted[0]

@@ -84,14 +84,15 @@ def test_cifar_batches(tmp_path):
 
 def test_options_that_do_not_apply(tmp_path):
     np.savez(tmp_path / "a.npz", **toy())
-    (tmp_path / "a.txt").write_text("x")
+    for name in ("a.txt", "a.ts"):
+        (tmp_path / name).write_text("x")
     for source, options, gist in (
         ("a.npz", {"image_size": 8}, "image_size is for image files"),
         ("a.npz", {"test": "gone.npz"}, "gone.npz does not exist"),
         ("a.npz", {"test": tmp_path}, "give both in one format"),
         ("digits", {"test": "a.npz"}, "has its own test set"),
         ("a.txt", {}, "no format that can be read"),
-        (".", {"memory_map": True}, "cannot be memory-mapped"),
+        ("a.ts", {"memory_map": True}, "cannot be memory-mapped"),
     ):
         with pytest.raises(InputError, match=gist):
             load(source, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from antibackdoor.bench.cell import Cell
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.limits import read_text
+from antibackdoor.limits import read_toml
 from antibackdoor.options import build
 
 LISTS = {
@@ -35,6 +34,8 @@ SINGLE = (
     "detectors",
 )
 """Keys of a block that hold one value for all its cells."""
+OPTIONS = ("attack_options", "defense_options")
+"""Those of them that are tables."""
 ENTRY = ("name", "label", "options", "published", "x")
 """Keys of an entry of a list that is more than a name."""
 MOST_CELLS = 100_000
@@ -90,19 +91,18 @@ def read_grid(path: Path, profile: str | None = None) -> Grid:
     `[[table]]`, `[[figure]]`: see `antibackdoor.bench.declared`. Raises InputError for anything else.
     """
     try:
-        grid = tomllib.loads(read_text(path))
-    except InputError:
-        raise
+        grid = read_toml(path, f"{path} is not a grid")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except RecursionError:
-        raise InputError(f"{path} is not a grid: it is nested too deeply.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(f"{path} is not a grid: {error}.") from None
     _known(grid, ("cells", "profile", "override", "exclude", "table", "figure"), str(path))
     profiles, blocks = grid.get("profile", {}), grid.get("cells")
     if not isinstance(blocks, list) or not isinstance(profiles, dict):
         raise InputError(f"{path} is not a grid: it must consist of [[cells]] blocks.")
+    for key in ("override", "exclude", "table", "figure"):
+        if not isinstance(grid.get(key, []), list) or not all(isinstance(entry, dict) for entry in grid.get(key, [])):
+            raise InputError(f"{path}: {key} must be a table of keys and values, written [[{key}]].")
     if profile is not None and profile not in profiles:
         raise unknown(f"profile of {path}", profile, profiles)
     profile = profile or next(iter(profiles), "")
@@ -134,6 +134,13 @@ def _known(table: Any, keys: Iterable[str], where: str) -> None:
             raise unknown(f"key of {where}", key, keys)
 
 
+def _tables(table: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    """Whether the values of these keys, where they are there, are tables themselves."""
+    for key in keys:
+        if not isinstance(table.get(key, {}), dict):
+            raise InputError(f"{where}: {key} must be a table of keys and values.")
+
+
 def _rule(rule: Any, second: str, where: str, profiles: Mapping[str, Any], profile: str) -> bool:
     """Whether an override or exclusion is well-formed and holds in this profile."""
     extra = ("needs_gpu",) if second == "reason" else ()
@@ -143,6 +150,7 @@ def _rule(rule: Any, second: str, where: str, profiles: Mapping[str, Any], profi
         raise InputError(f"{where}: every entry needs `where` and `{second}`.")
     if second == "set":
         _known(rule["set"], ("model", *SINGLE), f"{where}, set")
+        _tables(rule["set"], OPTIONS, f"{where}, set")
     if rule.get("profile", profile) != profile and rule["profile"] not in profiles:
         raise unknown(f"profile of {where}", rule["profile"], profiles)
     return bool(rule.get("profile", profile) == profile)
@@ -158,6 +166,7 @@ def _block(block: dict[str, Any], rules: dict[str, list[dict[str, Any]]], where:
         lists[axis] = [_entry(value, f"{where}, {key}") for value in block[key]]
     if math.prod(map(len, lists.values())) > MOST_CELLS:
         raise InputError(f"{where} makes more than {MOST_CELLS:,} cells; cut it into several grids.")
+    _tables(block, OPTIONS, where)
     shared = {key: value for key, value in block.items() if key in SINGLE}
     return [
         _place(shared, dict(zip(lists, chosen, strict=True)), rules, where)
@@ -169,10 +178,13 @@ def _entry(value: Any, where: str) -> dict[str, Any]:
     """An entry of a list with all its keys: a name alone is its own label."""
     entry = value if isinstance(value, dict) else {"name": value}
     _known(entry, ENTRY, where)
-    if "name" not in entry:
+    if not isinstance(entry.get("name"), str | int | float):
         raise InputError(f"{where}: an entry needs a `name`.")
+    _tables(entry, ("options",), where)
     printed = entry.get("published", [])
     printed = [printed] if isinstance(printed, str) else printed
+    if not isinstance(printed, list) or not all(isinstance(setting, str) for setting in printed):
+        raise InputError(f"{where}: `published` must be text, or a list of texts.")
     return {"label": entry["name"], "options": {}, "x": None, **entry, "published": printed}
 
 
@@ -193,7 +205,7 @@ def _place(
     for rule in rules["override"]:
         if _matches(rule["where"], axes, names):
             for key, value in rule["set"].items():
-                settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+                settings[key] = {**settings.get(key, {}), **value} if key in OPTIONS else value
     excluded = ""
     for rule in rules["exclude"]:
         if _matches(rule["where"], axes, names):

@@ -24,7 +24,7 @@ from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import LOCK, at_once, load_state, lock, save_state, sweep, write_json
+from antibackdoor.files import LOCK, at_once, load_state, lock, save_state, sweep, write_csv, write_json
 from antibackdoor.models import resolve
 from antibackdoor.options import build, values
 from antibackdoor.seeds import derive
@@ -148,9 +148,9 @@ def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> No
         else:
             poisoned = _as_read(poisoned, write_files(poisoned.splits, part, manifest=form == "manifest"))
         data, experiment = poisoned.splits.train, poisoned.experiment
-        truth_table(data, experiment.truth).to_csv(part / "truth.csv", index=False)
+        write_csv(part / "truth.csv", truth_table(data, experiment.truth))
         write_part(part / "triggered.npz", experiment.triggered)
-        targets_table(experiment.triggered, experiment.targets).to_csv(part / "triggered.csv", index=False)
+        write_csv(part / "triggered.csv", targets_table(experiment.triggered, experiment.targets))
         write_json(part / "attack.json", poisoned.attack)
 
 

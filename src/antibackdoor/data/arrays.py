@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from antibackdoor.limits import refuse_bomb, refuse_special
 
 Array: TypeAlias = npt.NDArray[Any]
 CHUNK = 4096
+NPY: Any = np.lib.format
+"""Has no types."""
 MAX_CLASSES = 10_000
 
 
@@ -89,6 +92,28 @@ def _write(path: Path, parts: Mapping[str, Data | None]) -> None:
     atomically(path, write)
 
 
+@dataclass(frozen=True)
+class _Raw:
+    """An array as the file holds it, to be read from its first row to its last: `blocks()`, a few MB at a time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    blocks: Callable[[], Iterator[Array]]
+    mapped: Array | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    @property
+    def step(self) -> int:
+        """Rows in a block."""
+        return _step(self.shape, self.dtype)
+
+
+def _step(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return max(1, min(CHUNK, 2**25 // max(1, math.prod(shape[1:]) * dtype.itemsize)))
+
+
 class _Part:
     """One split of one file; without labels, where there need be none, all are 0."""
 
@@ -145,10 +170,13 @@ class _Part:
         labels = torch.from_numpy(y)
         if raw.dtype == np.uint8:
             _check_images(raw, where)
-            if self.memory_map:
-                x: Rows = MemoryMap(raw, (0, 3, 1, 2))
-            else:
-                x = torch.from_numpy(np.ascontiguousarray(raw.transpose(0, 3, 1, 2)))
+            if raw.mapped is not None:
+                x: Rows = MemoryMap(raw.mapped, (0, 3, 1, 2))
+            else:  # turned block by block, so that there is never a second copy of the set
+                whole = np.empty((len(raw), raw.shape[3], *raw.shape[1:3]), dtype=np.uint8)
+                for rows, block in zip(range(0, len(raw), raw.step), raw.blocks(), strict=True):
+                    whole[rows : rows + raw.step] = block.transpose(0, 3, 1, 2)
+                x = torch.from_numpy(whole)
             return Data(x, labels, Spec("image", tuple(x.shape[1:]), classes), ids)
         series, lengths = self._series(raw, ids, where)
         low, high = self._range(series, where) if train is None else (train.low, train.high)
@@ -180,34 +208,66 @@ class _Part:
             raise InputError(f"{self.path}: classes must be a list of different names, one for each label.")
         return tuple(map(str, names.tolist()))
 
-    def _raw(self) -> Array:
+    def _raw(self) -> _Raw:
         """The samples as the file holds them."""
+        key = self.key("x")
         if not self.memory_map:
-            return self.load(self.key("x"))
-        with _reading(self.path, self.key("x")):
-            return map_member(self.path, self.key("x"))
+            with _reading(self.path, key), self._open(key) as (shape, columns_first, dtype, _):
+                plain = not columns_first and not dtype.hasobject and bool(shape)
+            if plain:
+                return _Raw(shape, dtype, self._stream)
+            array = self.load(key)
+        else:
+            with _reading(self.path, key):
+                array = map_member(self.path, key)
+        if array.ndim == 0:
+            raise InputError(f"{self.path}: {key} is a single number, not one sample for each label.")
+        step = _step(array.shape, array.dtype)
+        starts = range(0, len(array), step)
+        pieces = partial(map, lambda start: array[start : start + step], starts)
+        return _Raw(array.shape, array.dtype, pieces, array if self.memory_map else None)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], IO[bytes]]]:
+        """Shape, order and type of an array, and the file at its first value."""
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+            version = NPY.read_magic(file)
+            read = {(1, 0): NPY.read_array_header_1_0, (2, 0): NPY.read_array_header_2_0}[version]
+            yield *read(file), file
+
+    def _stream(self) -> Iterator[Array]:
+        key = self.key("x")
+        with _reading(self.path, key), self._open(key) as (shape, _, dtype, file):
+            step = _step(shape, dtype)
+            for start in range(0, shape[0], step):
+                rows = min(step, shape[0] - start)
+                want = rows * math.prod(shape[1:]) * dtype.itemsize
+                if len(content := file.read(want)) != want:
+                    raise ValueError(f"it ends before row {start + rows}")
+                yield np.frombuffer(content, dtype=dtype).reshape(rows, *shape[1:])
+            file.read(1)  # only at its end the archive compares its checksum
 
     def _series(
-        self, raw: Array, ids: Sequence[str], where: str
+        self, raw: _Raw, ids: Sequence[str], where: str
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]:
         """Clean series `(n, C, T)` and their lengths (None where all are of full length and none were given)."""
-        if raw.dtype not in (np.float32, np.float64) or raw.ndim not in (2, 3) or 0 in raw.shape[1:]:
+        if raw.dtype not in (np.float32, np.float64) or len(raw.shape) not in (2, 3) or 0 in raw.shape[1:]:
             raise InputError(
                 f"{where} must be images, uint8 (n, height, width, 1 or 3), or series, float32 (n, channels, length); "
                 f"got {raw.dtype} of shape {raw.shape}."
             )
-        shape = raw.shape if raw.ndim == 3 else (len(raw), 1, raw.shape[1])
+        shape = raw.shape if len(raw.shape) == 3 else (len(raw), 1, raw.shape[1])
         given = self.optional("lengths")
         if given is not None and (given.dtype.kind not in "iu" or given.shape != (len(raw),)):
             raise InputError(f"{self.path}: {self.key('lengths')} must be one integer for each of {len(raw)} samples.")
 
         def fill(out: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
             ends = np.zeros(len(raw), dtype=np.int64)
-            for start in range(0, len(raw), CHUNK):
-                rows = slice(start, start + CHUNK)
+            for start, block in zip(range(0, len(raw), raw.step), raw.blocks(), strict=True):
+                rows = slice(start, start + raw.step)
                 known = None if given is None else given[rows].astype(np.int64)
-                block = raw[rows].reshape(-1, *shape[1:])
-                out[rows], ends[rows] = clean(block, known, ids[rows], self.missing, where)
+                cases = block.reshape(-1, *shape[1:])
+                out[rows], ends[rows] = clean(cases, known, ids[rows], self.missing, where)
             return ends
 
         if self.memory_map:
@@ -227,10 +287,10 @@ class _Part:
         return float(kept[0]), float(kept[1])
 
 
-def _check_images(raw: Array, where: str) -> None:
-    if raw.ndim == 4 and raw.shape[3] in (1, 3) and 0 not in raw.shape[1:]:
+def _check_images(raw: _Raw, where: str) -> None:
+    if len(raw.shape) == 4 and raw.shape[3] in (1, 3) and 0 not in raw.shape[1:]:
         return
-    hint = "; move the channels last" if raw.ndim == 4 and raw.shape[1] in (1, 3) else ""
+    hint = "; move the channels last" if len(raw.shape) == 4 and raw.shape[1] in (1, 3) else ""
     raise InputError(f"{where}: images must be of shape (n, height, width, 1 or 3), got {raw.shape}{hint}.")
 
 
@@ -248,7 +308,7 @@ def _reading(path: Path, name: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if "pickle" in str(error).lower() or "object" in str(error).lower():
+        if any(told in str(error) for told in ("Object arrays", "pickled (object)", "Python objects")):
             raise InputError(
                 f"{path}: {name} holds pickled Python objects, which are never read; save plain arrays of numbers."
             ) from None

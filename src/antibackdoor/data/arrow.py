@@ -32,7 +32,7 @@ SAMPLES = ("image", "img", "series", "x", "values", "input_values", "data")
 TRAIN, TEST = re.compile(r"(^|[^a-z])train([^a-z]|$)"), re.compile(r"(^|[^a-z])(test|validation|valid|val)([^a-z]|$)")
 MAX_GROUP = 2 * 2**30
 """Bytes of one row group of a parquet file, unpacked; that much must fit into memory."""
-ROW_BYTES, BATCH_BYTES = 4, 2**28
+ROW_BYTES, BATCH_BYTES = 4, 2**29
 """Bytes of a file that a row takes at least, so that a repeated one costs something; bytes to read at a time."""
 
 
@@ -44,7 +44,13 @@ def is_arrow_folder(path: Path) -> bool:
 
 
 def load_arrow(
-    path: Path, *, test: Path | None = None, image_size: Size = None, missing: Missing = "refuse", skip: bool = False
+    path: Path,
+    *,
+    test: Path | None = None,
+    image_size: Size = None,
+    missing: Missing = "refuse",
+    skip: bool = False,
+    memory_map: bool | None = False,
 ) -> Splits:
     """A parquet or arrow file, a folder of them, or what `save_to_disk` of a Hugging Face data set wrote.
 
@@ -70,8 +76,11 @@ def load_arrow(
     if parts[0].column.image:
         if image_size is not None and image_size == 0:
             raise InputError("image_size=0 is not a number of pixels; give 1 or more.")
-        encoded = [Encoded(part.encoded, part.labels) for part in parts]
-        return images(encoded[0], encoded[1] if second else None, str(path), image_size, skip_unreadable=skip)
+        encoded = [Encoded(part.encoded, part.labels, part.files) for part in parts]
+        held = encoded[1] if second else None
+        return images(encoded[0], held, path, image_size, skip_unreadable=skip, memory_map=memory_map)
+    if memory_map:
+        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
     if image_size is not None:
         raise InputError(f"{path} holds series; image_size is for images.")
     cases = [list(part.cases()) for part in parts]
@@ -133,6 +142,7 @@ class _Part:
         for file in self.files:
             with _reading(file):
                 for batch in _batches(file, column):
+                    refuse_beyond_memory(f"{file}: some rows of {column!r}", 2 * batch.nbytes)
                     batch.validate(full=True)  # offsets in a file may lie, and would be followed out of it
                     # One by one: a value that a dictionary holds once may stand in every row.
                     yield from (value.as_py() for value in batch.column(0))
@@ -192,7 +202,7 @@ def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
 
     if file.suffix.lower() == ".parquet":
         with pq.ParquetFile(file) as table:
-            rows = _check_parquet(file, table.metadata, column)
+            rows = _check_parquet(file, table.metadata)
             yield from table.iter_batches(batch_size=rows, columns=[column], use_threads=False)
         return
     with pa.memory_map(str(file)) as source:
@@ -202,27 +212,18 @@ def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays([batch.column(batch.schema.get_field_index(column))], [column])
 
 
-def _check_parquet(file: Path, told: pa.FileMetaData, column: str) -> int:
+def _check_parquet(file: Path, told: pa.FileMetaData) -> int:
     """Refuse a table that declares more than any honest one; returns how many of its rows to read at a time.
 
-    A value that a chunk of the column stores once may stand in each of its rows, so the rows read at a time may not be
-    worth more than that many whole chunks.
+    A value that a row group stores once may stand in each of its rows, so the rows read at a time may not be worth more
+    than so many whole groups. Nothing is asked of single columns: pyarrow ends the process where theirs are damaged.
     """
     if told.num_rows > file.stat().st_size // ROW_BYTES:
         raise InputError(f"{file} declares {told.num_rows:,} rows in {file.stat().st_size:,} bytes; it is a bomb.")
-    values, largest = 1, 1
-    for number in range(told.num_row_groups):
-        group = told.row_group(number)
-        if group.total_byte_size > MAX_GROUP:
-            raise InputError(
-                f"{file}: a row group of {group.total_byte_size:,} bytes is too large; write it in smaller ones."
-            )
-        for chunk in (group.column(place) for place in range(group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] == column:
-                values += int(chunk.num_values)
-                largest = max(largest, int(chunk.total_uncompressed_size))
-    refuse_beyond_memory(f"{file}: its column {column!r}", 8 * values)
-    return max(1, min(256, BATCH_BYTES // largest, BATCH_BYTES * int(told.num_rows) // (8 * values)))
+    largest = max((told.row_group(number).total_byte_size for number in range(told.num_row_groups)), default=1)
+    if not 0 <= largest <= MAX_GROUP:
+        raise InputError(f"{file}: a row group of {largest:,} bytes is too large; write it in smaller ones.")
+    return max(1, min(256, BATCH_BYTES // max(largest, 1)))
 
 
 def _open_arrow(source: pa.NativeFile) -> Any:

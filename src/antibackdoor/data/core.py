@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -106,15 +107,15 @@ class Data:
 
     def take(self, rows: Tensor) -> Data:
         """The samples at these row numbers, in this order, as a set of its own."""
-        from antibackdoor.data.rows import View
-
-        x = self.x[rows] if isinstance(self.x, Tensor) else View(self.x, rows)
         lengths = None if self.lengths is None else self.lengths[rows]
-        return replace(self, x=x, y=self.y[rows], ids=[self.ids[i] for i in rows.tolist()], lengths=lengths)
+        return replace(
+            self, x=taken(self.x, rows), y=self.y[rows], ids=[self.ids[i] for i in rows.tolist()], lengths=lengths
+        )
 
-    def chunks(self, size: int = 4096) -> Iterator[Tensor]:
-        """Row numbers `0..n-1` in pieces, for passes in bounded memory."""
-        return iter(torch.arange(len(self)).split(size))
+    def chunks(self) -> Iterator[Tensor]:
+        """Row numbers `0..n-1` in pieces of at most 4,096 rows and 32 MiB, for passes in bounded memory."""
+        row = math.prod(self.spec.shape) * self.x.dtype.itemsize
+        return iter(torch.arange(len(self)).split(min(4096, max(1, 2**25 // row))))
 
     def fingerprint(self) -> str:
         """A content hash of samples, labels, ids and spec; equal for the same data in memory or memory-mapped."""
@@ -126,6 +127,13 @@ class Data:
         for rows in self.chunks():
             digest.update(np.ascontiguousarray(self.x[rows].cpu().numpy()).tobytes())
         return digest.hexdigest()[:16]
+
+
+def taken(x: Rows, rows: Tensor) -> Rows:
+    """These rows: copied where they are in memory, looked up where they are not."""
+    from antibackdoor.data.rows import View
+
+    return x[rows] if isinstance(x, Tensor) else View(x, rows)
 
 
 @dataclass(frozen=True)

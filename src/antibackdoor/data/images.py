@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -20,10 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
 from antibackdoor.data.labels import number
+from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, visible
-from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_beyond_memory, refuse_special
+from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
@@ -33,6 +37,8 @@ LARGE, _ONE_AT_A_TIME = 4 * 2**20, threading.Lock()
 MAX_SIDE = 64
 MAX_DEPTH = 64
 TEST_NAMES = ("test", "val", "valid")
+FILES = 4096
+"""Files that are handed to the threads at a time."""
 CLUTTER = {"thumbs.db", "desktop.ini"}
 
 T = TypeVar("T")
@@ -41,17 +47,29 @@ R = TypeVar("R")
 
 @dataclass
 class Listing:
-    """Files that are to be read: their paths, their stable names, their class names."""
+    """Files that are to be read: the folder they lie in, their paths below it (the ids), their class names."""
 
-    paths: list[Path] = field(default_factory=list)
+    root: Path
     ids: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
-    def add(self, path: Path, name: str, label: str) -> None:
-        """One more file."""
-        self.paths.append(path)
+    def add(self, name: str, label: str) -> None:
+        """One more file; a million of them share the names of their few classes."""
         self.ids.append(name)
-        self.names.append(label)
+        self.names.append(sys.intern(label))
+
+    def path(self, row: int) -> Path:
+        """Of one file."""
+        return self.root / self.ids[row]
+
+    def state(self) -> Iterator[object]:
+        """What the decoded images depend on: names, sizes and times of the files."""
+        for row, name in enumerate(self.ids):
+            try:
+                stat = self.path(row).stat()
+                yield name, self.names[row] == "", stat.st_size, stat.st_mtime_ns
+            except (OSError, ValueError):  # ValueError: a NUL in a name
+                yield name, None
 
 
 def load_folder(
@@ -60,12 +78,13 @@ def load_folder(
     test: Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     skip_unreadable: bool = False,
+    memory_map: bool | None = False,
 ) -> Splits:
     """A folder of class folders, or one that holds `train` and `test` (or `val`, `valid`) folders of them.
 
     Classes are the folder names in plain text order; ids are paths relative to the folder. All images become RGB of one
     size: `image_size` squared (or a width and a height) or, if None, the training set's most common size with each side
-    capped at 64 pixels.
+    capped at 64 pixels. memory_map: see `Pack`.
     Raises InputError for files that are no readable images (all counted, the first five named) unless
     `skip_unreadable`, and for links that lead out of the folder.
     """
@@ -77,7 +96,7 @@ def load_folder(
         held = _list_folder(test, test)
     elif split and (name := next((name for name in TEST_NAMES if name in inside), None)):
         held = _list_folder(root, root / name)
-    return _read_splits(train, held, root, image_size, skip_unreadable)
+    return _read_splits(train, held, root, image_size, skip_unreadable, memory_map)
 
 
 def load_manifest(
@@ -86,17 +105,18 @@ def load_manifest(
     test: Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     skip_unreadable: bool = False,
+    memory_map: bool | None = False,
 ) -> Splits:
     """A CSV file with the columns path, label and, optionally, split (train, test, val or valid).
 
-    Paths are relative to the CSV's folder and must stay inside of it; they are the ids. Sizes, classes and errors as
-    for `load_folder`.
+    Paths are relative to the CSV's folder and must stay inside of it; they are the ids. Sizes, classes, errors and
+    memory_map as for `load_folder`.
     """
     train, held = _list_manifest(path)
     if test is not None:
         first, second = _list_manifest(test)
-        held = second if second.paths else first
-    return _read_splits(train, held if held.paths else None, path, image_size, skip_unreadable)
+        held = second if second.ids else first
+    return _read_splits(train, held if held.ids else None, path, image_size, skip_unreadable, memory_map)
 
 
 def has_class_folders(path: Path) -> bool:
@@ -112,8 +132,8 @@ def load_unlabeled(path: Path, size: tuple[int, int], *, skip_unreadable: bool =
     files = list(_walk(path, path.resolve())) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} holds no images.")
-    listing = Listing(files, [file.name for file in files], ["?"] * len(files))
-    data = _read_all([listing], path, size, skip_unreadable)[0]
+    listing = Listing(path if path.is_dir() else path.parent, [file.name for file in files], ["?"] * len(files))
+    data = _read_all([listing], path, size, skip_unreadable, memory_map=False)[0]
     return data.x[torch.arange(len(data))], list(data.ids)
 
 
@@ -145,11 +165,11 @@ def _walk(folder: Path, root: Path, depth: int = 1) -> Iterator[Path]:
 
 def _list_folder(root: Path, folder: Path) -> Listing:
     """The files of the class folders in `folder`, named relative to `root`; files beside them get the class ''."""
-    found, resolved = Listing(), root.resolve()
+    found, resolved = Listing(root), root.resolve()
     above, depth = len(root.parts), len(folder.parts)
     for path in _walk(folder, resolved):
         label = path.parts[depth] if len(path.parts) > depth + 1 else ""
-        found.add(path, "/".join(path.parts[above:]), label)
+        found.add("/".join(path.parts[above:]), label)
     if not any(found.names):
         raise InputError(f"{folder} holds no class folders with images: give each class a folder of its own.")
     return found
@@ -157,7 +177,8 @@ def _list_folder(root: Path, folder: Path) -> Listing:
 
 def _list_manifest(path: Path) -> tuple[Listing, Listing]:
     """The training and the test files that a CSV manifest names."""
-    folder, train, test, seen = path.parent, Listing(), Listing(), set()
+    folder = path.parent
+    train, test, seen = Listing(folder), Listing(folder), set()
     contained = containment(folder)
     refuse_special(path, MAX_TEXT)
     try:
@@ -182,90 +203,115 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
                 if name in seen:
                     raise InputError(f"{where} names {given!r} a second time; a file can be listed only once.")
                 seen.add(name)
-                (train if split == "train" else test).add(folder / name, str(name), row["label"])
+                (train if split == "train" else test).add(str(name), row["label"])
     except InputError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # ValueError: bytes that are no text, and NUL in a name
         raise InputError(f"cannot read {path} as a CSV file: {error}.") from None
-    if not train.paths and not test.paths:
+    if not train.ids and not test.ids:
         raise InputError(f"{path} lists no images.")
     return train, test
 
 
 def _read_splits(
-    train: Listing, test: Listing | None, where: Path, image_size: int | tuple[int, int] | None, skip: bool
+    train: Listing,
+    test: Listing | None,
+    where: Path,
+    image_size: int | tuple[int, int] | None,
+    skip: bool,
+    memory_map: bool | None,
 ) -> Splits:
-    if not train.paths:
+    if not train.ids:
         raise InputError(f"{where} lists no training images.")
     if isinstance(image_size, int) and image_size < 1:
         raise InputError(f"image_size={image_size} is not a number of pixels; give 1 or more.")
-    listings = [train] if test is None or not test.paths else [train, test]
+    listings = [train] if test is None or not test.ids else [train, test]
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
-    return Splits(*_read_all(listings, where, image_size or _common_size(train.paths), skip))
+    return Splits(*_read_all(listings, where, image_size, skip, memory_map))
 
 
-def _read_all(listings: Sequence[Listing], where: Path, size: tuple[int, int], skip: bool) -> list[Data]:
-    refuse_beyond_memory(where, 3 * size[0] * size[1] * sum(len(listing.paths) for listing in listings))
-    # All splits are decoded before anything is refused, so that one sentence can count all that is wrong.
-    read = [_decode_all(listing, size) for listing in listings]
-    failures = [failure for _, bad in read for failure in bad.values()]
+def _read_all(
+    listings: Sequence[Listing], where: Path, size: tuple[int, int] | None, skip: bool, memory_map: bool | None
+) -> list[Data]:
+    pack = Pack(where, chain([size], *(listing.state() for listing in listings)), memory_map)
+    if pack.old is not None:
+        box, read, bad = pack.saved()
+    else:
+        box = size or _common_size(listings[0])
+        # All splits are decoded before anything is refused, so that one sentence can count all that is wrong.
+        decoded = [_decode_all(listing, where, box, pack, split) for split, listing in enumerate(listings)]
+        read, bad = [x for x, _ in decoded], [found for _, found in decoded]
+        pack.done(box, read, bad)
+    failures = [
+        f"{listing.ids[row]}: {found[row]}" for listing, found in zip(listings, bad, strict=True) for row in found
+    ]
     if failures:
         listed = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
-        total = sum(len(listing.paths) for listing in listings)
+        total = sum(len(listing.ids) for listing in listings)
         sentence = f"{len(failures)} of {total} files in {where} cannot be read as images ({listed})"
         if not skip:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
         warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
     data: list[Data] = []
-    for listing, (x, bad) in zip(listings, read, strict=True):
-        keep = [i for i in range(len(x)) if i not in bad]
+    for listing, x, found in zip(listings, read, bad, strict=True):
+        keep = [i for i in range(len(x)) if i not in found]
         if not keep:
             raise InputError(f"{where} holds no image that can be read.")
-        ids, names = [listing.ids[i] for i in keep], [listing.names[i] for i in keep]
+        ids, names = ([part[i] for i in keep] if found else part for part in (listing.ids, listing.names))
         y, classes = number(names, ids, data[0].spec.classes if data else None)
-        spec = Spec("image", (3, size[1], size[0]), tuple(classes))
-        data.append(Data(x[torch.tensor(keep)] if bad else x, y, spec, ids))
+        spec = Spec("image", (3, box[1], box[0]), tuple(classes))
+        data.append(Data(taken(x, torch.tensor(keep)) if found else x, y, spec, ids))
     return data
 
 
-def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
+def _common_size(listing: Listing) -> tuple[int, int]:
     """The most common (width, height), each side capped; files that cannot be opened are reported when decoded."""
 
-    def size(path: Path) -> tuple[int, int] | None:
+    def size(row: int) -> tuple[int, int] | None:
         try:
-            refuse_special(path)
-            with Image.open(path, formats=FORMATS) as image:
+            refuse_special(listing.path(row))
+            with Image.open(listing.path(row), formats=FORMATS) as image:
                 return image.size
         except Exception:
             return None
 
-    counts = Counter(found for found in in_threads(size, paths) if found)
+    counts: Counter[tuple[int, int]] = Counter()
+    for rows in pieces(len(listing.ids), FILES):
+        counts.update(found for found in in_threads(size, rows) if found)
     width, height = max(counts, key=lambda found: (counts[found], found), default=(MAX_SIDE, MAX_SIDE))
     return min(width, MAX_SIDE), min(height, MAX_SIDE)
 
 
-def _decode_all(listing: Listing, size: tuple[int, int]) -> tuple[Tensor, dict[int, str]]:
+def _decode_all(
+    listing: Listing, where: Path, size: tuple[int, int], pack: Pack, split: int
+) -> tuple[Rows, dict[int, str]]:
     """Pixels `(n, 3, H, W)` uint8 of all files, and what is wrong with those that cannot be read, by row."""
-    x = torch.zeros((len(listing.paths), 3, size[1], size[0]), dtype=torch.uint8)
-    out = x.numpy()
+    shape, bad = (3, size[1], size[0]), dict[int, str]()
+    with pack.writer(split, shape) as writer:
+        writer.expect(len(listing.ids), where)
+        for rows in pieces(len(listing.ids), min(FILES, rows_in_block(shape))):
+            block = np.zeros((len(rows), *shape), dtype=np.uint8)
+            reasons = in_threads(partial(_decode_file, listing, size, block, rows.start), rows)
+            bad.update((row, reason) for row, reason in zip(rows, reasons, strict=True) if reason)
+            writer.add(block)
+        return writer.rows(), bad
 
-    def decode(row: int) -> str | None:
-        path = listing.paths[row]
-        if not listing.names[row]:
-            return "it is in no class folder"
-        if path.suffix.lower() not in EXTENSIONS:
-            return "not an image file by its name"
-        try:
-            out[row] = decode_image(read_bytes(path), size).transpose(2, 0, 1)
-        except FileNotFoundError:
-            return "no such file"
-        except Exception as error:  # decoders raise whatever they like on damaged files
-            return str(error).split("<_io")[0].strip(" '") or type(error).__name__
-        return None
 
-    reasons = in_threads(decode, range(len(x)))
-    return x, {row: f"{listing.ids[row]}: {reason}" for row, reason in enumerate(reasons) if reason}
+def _decode_file(listing: Listing, size: tuple[int, int], block: Block, first: int, row: int) -> str | None:
+    """Put one file into its row of the block, which begins with the row `first`; what is wrong with it, if anything."""
+    path = listing.path(row)
+    if not listing.names[row]:
+        return "it is in no class folder"
+    if path.suffix.lower() not in EXTENSIONS:
+        return "not an image file by its name"
+    try:
+        block[row - first] = decode_image(read_bytes(path), size).transpose(2, 0, 1)
+    except FileNotFoundError:
+        return "no such file"
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        return str(error).split("<_io")[0].strip(" '") or type(error).__name__
+    return None
 
 
 def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -293,8 +339,16 @@ def _decoded(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> np.nd
     return np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
 
 
+def pieces(n: int, size: int) -> Iterator[range]:
+    """Row numbers 0..n-1 in pieces."""
+    return (range(start, min(n, start + size)) for start in range(0, n, size))
+
+
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Map in a thread pool (decoders release the interpreter lock), in order, with decoders' own warnings silenced."""
+    """Map in a thread pool (decoders release the interpreter lock), in order, with decoders' own warnings silenced.
+
+    Every item waits in a queue of its own making: hand over a million in pieces.
+    """
     with warnings.catch_warnings(), ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 2)) as pool:
         warnings.simplefilter("ignore")
         return list(pool.map(function, items))

@@ -48,7 +48,8 @@ def load(
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
-    memory_map: read an `.npz` from disk as needed; None: where it would fill a quarter of the memory.
+    memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once (`.NAME.cache` beside the data,
+        or in $ANTIBACKDOOR_CACHE); the same results as in memory. None: where they would fill a quarter of the memory.
     data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
@@ -97,8 +98,8 @@ def _load(
     kind = _kind(path)
     if held is not None and _kind(held) != kind:
         raise InputError(f"{path} is read as {kind} but the test set {held} as {_kind(held)}; give both in one format.")
-    if memory_map and kind != "npz":
-        raise InputError(f"{path} is read as {kind}, which cannot be memory-mapped; only .npz files can.")
+    if memory_map and kind == "series":
+        raise InputError(f"{path} is read as {kind}, which cannot be memory-mapped; images and .npz files can.")
     if kind == "npz":
         _refuse_size(path, image_size)
         mapped = fills_memory(path) if memory_map is None else memory_map
@@ -108,9 +109,11 @@ def _load(
         return load_series(path, test=held, missing=missing)
     if kind in ("arrow", "shards"):
         stream = load_arrow if kind == "arrow" else load_shards
-        return stream(path, test=held, image_size=image_size, missing=missing, skip=skip_unreadable)
+        return stream(
+            path, test=held, image_size=image_size, missing=missing, skip=skip_unreadable, memory_map=memory_map
+        )
     reader = load_manifest if kind == "manifest" else load_folder
-    return reader(path, test=held, image_size=image_size, skip_unreadable=skip_unreadable)
+    return reader(path, test=held, image_size=image_size, skip_unreadable=skip_unreadable, memory_map=memory_map)
 
 
 def load_samples(

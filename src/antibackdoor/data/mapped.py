@@ -1,7 +1,8 @@
-"""Copies of an `.npz` file's arrays that can be mapped into memory, kept in a hidden folder beside it."""
+"""Copies of data that can be mapped into memory, kept in a hidden folder beside them or in `$ANTIBACKDOOR_CACHE`."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -17,6 +18,8 @@ from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
 from antibackdoor.limits import memory, refuse_special
 
+CACHE = "ANTIBACKDOOR_CACHE"
+
 
 def fills_memory(path: Path, share: float = 0.25) -> bool:
     """Whether the arrays of an `.npz` would take more than this share of the memory, and can be mapped instead."""
@@ -27,22 +30,42 @@ def fills_memory(path: Path, share: float = 0.25) -> bool:
     except (ValueError, NotImplementedError, OSError, zipfile.BadZipFile):  # told when it is read
         return False
     there = memory()
-    return there is not None and unpacked > share * there and os.access(path.parent, os.W_OK)
+    return there is not None and unpacked > share * there and can_keep(path)
+
+
+def can_keep(path: Path) -> bool:
+    """Whether copies of a file or folder can be written where they belong."""
+    above = cache_place(path)
+    return os.access(above if above.exists() else above.parent, os.W_OK)
+
+
+def cache_place(path: Path) -> Path:
+    """Where copies of a file or folder lie: `.NAME.cache` beside it or, by its full path, in `$ANTIBACKDOOR_CACHE`."""
+    path = path.resolve()
+    chosen = os.environ.get(CACHE)
+    if not chosen:
+        return path.with_name(f".{path.name}.cache")
+    Path(chosen).mkdir(parents=True, exist_ok=True)
+    return Path(chosen) / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def cache_folder(path: Path) -> Path:
-    """Where copies of this very file lie (`.NAME.cache`, by size and time); outdated ones are removed."""
+    """Where copies of this very file lie (by size and time); outdated ones are removed."""
     stat = path.stat()
-    above = path.with_name(f".{path.name}.cache")
-    folder = above / f"{stat.st_size}-{stat.st_mtime_ns}"
+    folder = cache_place(path) / f"{stat.st_size}-{stat.st_mtime_ns}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; load without memory mapping.") from None
-    for old in above.iterdir():
+    keep_only(folder)
+    return folder
+
+
+def keep_only(folder: Path) -> None:
+    """Remove its neighbors: copies of what has changed since."""
+    for old in folder.parent.iterdir():
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def map_member(path: Path, name: str) -> npt.NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,13 +13,24 @@ from torch import Tensor
 
 from antibackdoor.data.core import Rows
 
+RESIDENT = 2**26
+"""Bytes of a mapped file that a process holds on to at a time."""
+AROUND = 2**16
+"""Bytes that the system maps around the one that is asked for."""
+
 
 class MemoryMap:
-    """Rows of a `.npy` file on disk, read when asked for; `order` permutes axes (NHWC on disk -> NCHW)."""
+    """Rows of a file on disk, read when asked for; `order` permutes axes (NHWC on disk -> NCHW).
+
+    What was read stays in the system's cache of files, but this process lets go of it every `RESIDENT` bytes, so that
+    its memory does not grow with the set.
+    """
 
     def __init__(self, array: np.ndarray, order: tuple[int, ...] | None = None):
         self.array = array if order is None else array.transpose(order)
         self.dtype = torch.from_numpy(np.empty(0, self.array.dtype)).dtype
+        self._map: mmap.mmap | None = getattr(array, "_mmap", None)
+        self._touched = 0
 
     @property
     def shape(self) -> Sequence[int]:
@@ -29,7 +42,12 @@ class MemoryMap:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         # Fancy indexing copies, so the caller never holds a view into the file.
-        return torch.from_numpy(np.ascontiguousarray(self.array[rows.cpu().numpy()]))
+        found = np.ascontiguousarray(self.array[rows.cpu().numpy()])
+        self._touched += found.nbytes + len(found) * AROUND
+        if self._map is not None and self._touched > RESIDENT and sys.platform == "linux":
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)

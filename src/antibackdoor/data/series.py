@@ -90,6 +90,8 @@ def read_file(path: Path) -> tuple[Cases, list[str]]:
         raise InputError(f"{path} holds no class labels (a regression target or none); labels are needed.")
     if not cases:
         raise InputError(f"{path} holds no series.")
+    if any(0 in case.shape for case in cases):
+        raise InputError(f"{path} holds a series without values.")
     return cases, [_class_name(label, path) for label in y.tolist()]
 
 

@@ -35,7 +35,13 @@ def is_shard_folder(path: Path) -> bool:
 
 
 def load_shards(
-    path: Path, *, test: Path | None = None, image_size: Size = None, missing: Missing = "refuse", skip: bool = False
+    path: Path,
+    *,
+    test: Path | None = None,
+    image_size: Size = None,
+    missing: Missing = "refuse",
+    skip: bool = False,
+    memory_map: bool | None = False,
 ) -> Splits:
     """A `.tar` shard or a folder of them; shards whose path says test, val or validation are the test set.
 
@@ -55,8 +61,11 @@ def load_shards(
     if len(kinds) > 1:
         raise InputError(f"{path}: one of training and test set holds images, the other series.")
     if kinds == {True}:
-        encoded = [Encoded(part.samples, part.labels) for part in parts]
-        return images(encoded[0], encoded[1] if second else None, str(path), image_size, skip_unreadable=skip)
+        encoded = [Encoded(part.samples, part.labels, part.files) for part in parts]
+        held = encoded[1] if second else None
+        return images(encoded[0], held, path, image_size, skip_unreadable=skip, memory_map=memory_map)
+    if memory_map:
+        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
     if image_size is not None:
         raise InputError(f"{path} holds series; image_size is for images.")
     cases = [[_array(name, encoded) for name, encoded in part.samples()] for part in parts]

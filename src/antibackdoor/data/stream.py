@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, decode_image, in_threads
 from antibackdoor.data.labels import number
+from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, visible
-from antibackdoor.limits import inside, refuse_beyond_memory
+from antibackdoor.limits import inside
 
 CHUNK = 256
 """Encoded images in memory at a time."""
@@ -44,36 +46,57 @@ class Labels:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded images of one split; `read` can be called again. labels: known only once all was read."""
+    """Encoded images of one split; `read` can be called again. labels: known only once all was read; files: to read."""
 
     read: Callable[[], Iterator[tuple[str, bytes]]]
     labels: Callable[[], Labels]
+    files: Sequence[Path]
+
+    def state(self) -> Iterator[object]:
+        """What the decoded images depend on: names, sizes and times of the files."""
+        for file in self.files:
+            stat = file.stat()
+            yield str(file), stat.st_size, stat.st_mtime_ns
 
 
-def images(train: Encoded, test: Encoded | None, where: str, size: Size, *, skip_unreadable: bool = False) -> Splits:
-    """Splits of encoded images, decoded in pieces; all become RGB of one size, as a folder of image files does."""
-    box = (size, size) if isinstance(size, int) else size or _common_size(train.read())
-    parts: list[tuple[Tensor, list[str], list[int]]] = []
-    reasons: list[str] = []
-    for part in (train, test):
-        if part is not None:
-            x, ids, failed = _decode(part.read(), box)
-            parts.append((x, ids, list(failed)))
-            reasons += failed.values()
+def images(
+    train: Encoded,
+    test: Encoded | None,
+    where: Path,
+    size: Size,
+    *,
+    skip_unreadable: bool = False,
+    memory_map: bool | None = False,
+) -> Splits:
+    """Splits of encoded images, decoded in pieces; all become RGB of one size, as a folder of image files does.
+
+    memory_map: see `Pack`. What was written before is read anew for its names and labels, but not decoded.
+    """
+    splits = [part for part in (train, test) if part is not None]
+    pack = Pack(where, chain([size], *(part.state() for part in splits)), memory_map)
+    if pack.old is not None:
+        box, read, bad = pack.saved()
+        ids = [[name for name, _ in part.read()] for part in splits]
+    else:
+        box = (size, size) if isinstance(size, int) else size or _common_size(train.read())
+        decoded = [_decode(part.read(), box, pack, split) for split, part in enumerate(splits)]
+        read, bad = [x for x, _, _ in decoded], [found for _, _, found in decoded]
+        ids = [names for _, names, _ in decoded]
+        pack.done(box, read, bad)
+    reasons = [f"{names[row]}: {found[row]}" for names, found in zip(ids, bad, strict=True) for row in found]
     if reasons:
         listed = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-        sentence = f"{len(reasons)} of {sum(len(p[1]) for p in parts)} images in {where} cannot be read ({listed})"
+        sentence = f"{len(reasons)} of {sum(map(len, ids))} images in {where} cannot be read ({listed})"
         if not skip_unreadable:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
         warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
     data: list[Data] = []
-    for part, (x, ids, bad) in zip((train, test), parts, strict=False):
-        assert part is not None
-        y, classes = numbered(part.labels(), ids, data[0].spec.classes if data else None)
-        whole = Data(x, y, Spec("image", (3, box[1], box[0]), tuple(classes)), ids)
-        keep = torch.ones(len(ids), dtype=torch.bool)
-        keep[torch.tensor(bad, dtype=torch.int64)] = False
-        data.append(whole.take(keep.nonzero().squeeze(1)) if bad else whole)
+    for part, x, names, found in zip(splits, read, ids, bad, strict=True):
+        y, classes = numbered(part.labels(), names, data[0].spec.classes if data else None)
+        whole = Data(x, y, Spec("image", (3, box[1], box[0]), tuple(classes)), names)
+        keep = torch.ones(len(names), dtype=torch.bool)
+        keep[torch.tensor(list(found), dtype=torch.int64)] = False
+        data.append(whole.take(keep.nonzero().squeeze(1)) if found else whole)
         if not len(data[-1]):
             raise InputError(f"{where} holds no image that can be read.")
     return Splits(*data)
@@ -109,6 +132,9 @@ def numbered(labels: Labels, ids: Sequence[str], classes: Sequence[str] | None) 
     """
     names, texts = labels.names, [str(label) for label in labels.given]
     if all(isinstance(label, int) for label in labels.given):
+        beyond = next((row for row, label in enumerate(labels.given) if not -(2**63) <= int(label) < 2**63), None)
+        if beyond is not None:
+            raise InputError(f"sample {ids[beyond]!r} has a label beyond 63 bits; number the classes 0..K-1.")
         numbers = np.array(labels.given, dtype=np.int64)
         distinct = np.unique(numbers).tolist()
         if names is None and classes is None and distinct == list(range(len(distinct))):
@@ -155,27 +181,30 @@ def _common_size(records: Iterator[tuple[str, bytes]]) -> tuple[int, int]:
     return min(width, MAX_SIDE), min(height, MAX_SIDE)
 
 
-def _decode(records: Iterator[tuple[str, bytes]], size: tuple[int, int]) -> tuple[Tensor, list[str], dict[int, str]]:
+def _decode(
+    records: Iterator[tuple[str, bytes]], size: tuple[int, int], pack: Pack, split: int
+) -> tuple[Rows, list[str], dict[int, str]]:
     """Pixels `(n, 3, H, W)`, ids, and what is wrong with those that cannot be read, by row."""
-    pieces, ids, bad = [], list[str](), dict[int, str]()
+    shape, ids, bad = (3, size[1], size[0]), list[str](), dict[int, str]()
 
-    def decode(record: tuple[str, bytes]) -> npt.NDArray[np.uint8] | str:
+    def decode(record: tuple[str, bytes]) -> Block | str:
         try:
             return decode_image(record[1], size)
         except Exception as error:  # decoders raise whatever they like on damaged data
-            return f"{record[0]}: {str(error).split('<_io')[0].strip() or type(error).__name__}"
+            return str(error).split("<_io")[0].strip() or type(error).__name__
 
-    for chunk in chunks(records, CHUNK, lambda record: len(record[1])):
-        refuse_beyond_memory(f"the images up to {chunk[-1][0]!r}", 3 * size[0] * size[1] * (len(ids) + len(chunk)))
-        block = np.zeros((len(chunk), size[1], size[0], 3), dtype=np.uint8)
-        for row, pixels in enumerate(in_threads(decode, chunk)):
-            if isinstance(pixels, str):
-                bad[len(ids) + row] = pixels
-            else:
-                block[row] = pixels
-        pieces.append(torch.from_numpy(block).permute(0, 3, 1, 2).contiguous())
-        ids += [name for name, _ in chunk]
-    return torch.cat(pieces) if pieces else torch.zeros((0, 3, size[1], size[0]), dtype=torch.uint8), ids, bad
+    with pack.writer(split, shape) as writer:
+        for chunk in chunks(records, CHUNK, lambda record: len(record[1])):
+            writer.expect(len(chunk), f"the images up to {chunk[-1][0]!r}")
+            block = np.zeros((len(chunk), *shape), dtype=np.uint8)
+            for row, pixels in enumerate(in_threads(decode, chunk)):
+                if isinstance(pixels, str):
+                    bad[len(ids) + row] = pixels
+                else:
+                    block[row] = pixels.transpose(2, 0, 1)
+            writer.add(block)
+            ids += [name for name, _ in chunk]
+        return writer.rows(), ids, bad
 
 
 def found_in(folder: Path, endings: Sequence[str]) -> Iterator[Path]:

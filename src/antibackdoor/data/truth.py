@@ -10,6 +10,7 @@ from torch import Tensor
 
 from antibackdoor.data.core import Data, Truth
 from antibackdoor.errors import InputError
+from antibackdoor.files import from_csv_cell
 
 COLUMNS = ["id", "role", "label", "true_label", "target"]
 
@@ -29,6 +30,7 @@ def read_truth(path: Path, data: Data) -> Truth:
     """Read the table back for `data`; InputError where it is damaged or speaks of other samples."""
     try:
         table = pd.read_csv(path, dtype={"id": str, "role": str}, keep_default_na=False)
+        table = table.assign(id=table["id"].map(from_csv_cell)) if "id" in table else table
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
     if list(table.columns) != COLUMNS or table["id"].tolist() != list(data.ids):
@@ -59,6 +61,7 @@ def read_targets(path: Path, triggered: Data) -> Tensor:
     """The targets `(m,)` of `triggered`; InputError where the table is damaged or speaks of other samples."""
     try:
         table = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+        table = table.assign(id=table["id"].map(from_csv_cell)) if "id" in table else table
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
     if list(table.columns) != ["id", "true_label", "target"] or table["id"].tolist() != list(triggered.ids):

@@ -13,9 +13,13 @@ import pandas as pd
 
 from antibackdoor.errors import InputError
 from antibackdoor.files import from_csv_cell, read_json
+from antibackdoor.limits import GIB, read_bytes, refuse_bomb
 
 Array: TypeAlias = npt.NDArray[Any]
 
+COLUMNS = ("id", "label", "score", "probability", "flagged", "suggested_label", "reason")
+MAX_TABLE = GIB
+"""Bytes of a history."""
 SHOWN, LISTED = 48, 300
 """Most samples a report shows one by one, and most rows it lists behind them."""
 
@@ -121,7 +125,11 @@ def _suspects(path: Path, truth: Path) -> Suspects:
     dtype |= {"id": "str"} if known else {}
     try:
         table = pd.read_csv(path, usecols=list(dtype), dtype=dtype, **options)
-        first = pd.read_csv(path, nrows=LISTED, dtype=str, **options).to_dict("records")
+        head = pd.read_csv(path, nrows=LISTED, dtype=str, **options)
+        missing = [name for name in COLUMNS if name not in head]
+        if missing:
+            raise ValueError(f"it has no column {missing[0]!r}")
+        first = head.to_dict("records")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
     labels = table["label"].map(from_csv_cell).astype("category")
@@ -151,14 +159,14 @@ def _history(path: Path) -> list[dict[str, Any]]:
     """The rows of the history; a last line that a killed run left half-written is passed over."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_bytes(path, MAX_TABLE).decode("utf-8", "replace").splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise InputError(f"cannot read {path}, line {number}: {error}.") from None
@@ -171,11 +179,14 @@ def _gallery(path: Path) -> Gallery | None:
     if not path.is_file():
         return None
     try:
+        refuse_bomb(path)
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Array] = {name: file[name] for name in file.files}
         ids, x = arrays["ids"][:SHOWN], _cut(arrays["x"][:SHOWN], arrays.get("lengths"))
         if len(ids) != len(x) or arrays["x"].dtype != (np.uint8 if arrays["x"].ndim == 4 else np.float32):
             raise ValueError("the samples are neither uint8 images nor float32 series, one an id")
+    except InputError:
+        raise
     except Exception as error:  # a damaged archive surfaces as any of a dozen types
         raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without pictures.") from None
     reference = _cut(arrays.get("reference_x", np.empty(0))[:SHOWN], arrays.get("reference_lengths"))
@@ -192,12 +203,15 @@ def _attention(path: Path) -> Attention | None:
     if not path.is_file():
         return None
     try:
+        refuse_bomb(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("suspects", "trusted", "suspects_mean", "trusted_mean")}
             label, witness, n = str(file["label"]), str(file["witness"]), int(file["n"])
         if len({array.shape[:2] for array in arrays.values()}) > 1 or arrays["suspects"].ndim != 2:
             raise ValueError("the maps and the averages differ in shape")
         finite = {name: np.nan_to_num(array.astype(np.float64)) for name, array in arrays.items()}
+    except InputError:
+        raise
     except Exception as error:  # a damaged archive surfaces as any of a dozen types
         raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without the maps.") from None
     return Attention(label, witness, n, **finite)

@@ -1,14 +1,14 @@
 """What the benchmark costs around the training itself, and what a second process gains: on small cells of `digits`.
 
-    python benchmarks/bench_overhead.py [--cells 6] [--epochs 100] [--out FILE.json]
-
-Overhead around the training: 1 - (time inside epochs) / (wall time from the first cell's start to the last record), one
-worker: loading, poisoning, judging, checkpoints, the driver. Of it, what is outside of the cells. The start of the
-worker process comes on top, once. Speed-up: wall time with one worker over that with two, both from an empty ledger.
+Overhead around the training: wall time from the first cell's start to the last record over the time inside of epochs,
+one worker: loading, poisoning, judging, checkpoints, the driver. The start of the worker process comes on top, once.
+Speed-up: wall time with one worker over that with two, both from an empty ledger. Wall times, which other programs of a
+busy machine stretch.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -16,12 +16,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
+
 from antibackdoor.bench.cell import Cell
 from antibackdoor.bench.engines import Event, Local
 from antibackdoor.bench.ledger import Ledger, read_ledger
 from antibackdoor.bench.machine import cores
 from antibackdoor.bench.run import Watcher, run_cells
-from antibackdoor.files import write_json
+from benchmarks.turns import ratio
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cells", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=100)
+
+
+def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
+    cell = Cell(data="digits", attack="badnets", model="resnet18-w8", train_size=400, epochs=args.epochs, batch_size=64)
+    cells = [replace(cell, seed=seed) for seed in range(args.cells)]
+    one, two = run(cells, 1), run(cells, 2)
+    return {
+        "ratios": {
+            "wall time of cells over their epochs, one worker": ratio(
+                [one["after_start_seconds"]], [one["training_seconds"]]
+            ),
+            "one worker over two, wall time": ratio([one["wall_seconds"]], [two["wall_seconds"]]),
+        },
+        "cells": len(cells),
+        "cores": cores(),
+        "load": round(os.getloadavg()[0], 1),
+        "one": one,
+        "two": two,
+    }
 
 
 class Clock(Watcher):
@@ -57,33 +83,3 @@ def run(cells: list[Cell], workers: int) -> dict[str, float]:
             "cell_seconds": sum(record["cost"]["wall_seconds"] for record in records),
             "training_seconds": sum(sum(row["seconds"] for row in record["history"]) for record in records),
         }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    cell = Cell(
-        data="digits", attack="badnets", model="resnet18-w8", train_size=400, epochs=options.epochs, batch_size=64
-    )
-    cells = [replace(cell, seed=seed) for seed in range(options.cells)]
-    one, two = run(cells, 1), run(cells, 2)
-    result = {
-        "cells": len(cells),
-        "cores": cores(),
-        "load": round(os.getloadavg()[0], 1),
-        "overhead_around_training": 1 - one["training_seconds"] / one["after_start_seconds"],
-        "overhead_outside_of_cells": 1 - one["cell_seconds"] / one["after_start_seconds"],
-        "speed_up_of_two": one["wall_seconds"] / two["wall_seconds"],
-        "one": one,
-        "two": two,
-    }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        write_json(options.out, result)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Speed measurements: `python -m benchmarks` runs them, one file a case, and writes a table and JSON."""

@@ -1,0 +1,80 @@
+"""What E2ABL costs over plain training of the same backbone: seconds an epoch, side by side in one run, and parameters.
+
+Plain epochs, warm-up epochs (shallow part and second head only, with the passes that rank the samples) and dual epochs
+take turns; the ratio of a whole run follows from each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from antibackdoor.data.batches import gather
+from antibackdoor.defenses.dual_head import Dual, Trap
+from antibackdoor.defenses.e2abl import E2ABL
+from antibackdoor.models.tap import Tap
+from antibackdoor.training.job import Job
+from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
+from antibackdoor.training.objectives import CrossEntropy, Objective
+from benchmarks.turns import random_images, ratio, rounded, take_turns
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet18-w16")
+    parser.add_argument("--samples", type=int, default=1280)
+    parser.add_argument("--epochs", type=int, default=60, help="of the whole run that the ratio is worked out for")
+
+
+def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
+    job = Job(random_images(args.samples), model=args.model, fabric=fabric)
+    method = E2ABL()
+    assert method.warm_up is not None
+    recipe = dataclasses.replace(method.main, epochs=args.repeats + 1, min_steps=0)
+    tap = Tap(job.model("dual"), None, 10, gather(job.data, torch.arange(2), fabric.device).x)
+    trap = Trap(method, job)
+    dual = Dual(method, job, trap)
+    dual.partition(tap, 0)
+
+    def stage(
+        name: str, model: nn.Module, objective: Objective, recipe: Recipe, parameters: ParameterGroups | None = None
+    ) -> Fit:
+        fit = Fit(name, model, objective, job.data, recipe, parameters=parameters, fabric=fabric)
+        # Batches of a large set: small ones get smaller batches by themselves.
+        fit.batch_size = min(recipe.batch_size, args.samples)
+        fit.steps = max(1, args.samples // fit.batch_size)
+        return fit
+
+    fits = (
+        stage("plain", job.model("plain"), CrossEntropy(), recipe),
+        stage("warm-up", tap, trap, method.warm_up, tap.warm_up_parameters()),
+        stage("dual", tap, dual, recipe),
+    )
+    seconds = take_turns(
+        {fit.stage: (lambda fit=fit: fit.run_epoch(Progress())) for fit in fits},  # type: ignore[misc]
+        args.repeats,
+        fabric.device,
+    )
+    warm_up = method.warm_up.epochs
+    whole = [
+        warm_up * first + (args.epochs - warm_up) * second
+        for first, second in zip(seconds["warm-up"], seconds["dual"], strict=True)
+    ]
+    plain = [args.epochs * value for value in seconds["plain"]]
+    parameters = tap.parameter_counts()
+    share = parameters["ratio"]
+    return {
+        "ratios": {
+            f"E2ABL over plain, {args.epochs} epochs each, {args.model}": ratio(whole, plain, most=1.10),
+            f"a warm-up epoch over a plain one, {args.model}": ratio(seconds["warm-up"], seconds["plain"]),
+            f"a dual epoch over a plain one, {args.model}": ratio(seconds["dual"], seconds["plain"]),
+            f"parameters over plain, {args.model}": ratio([share], [1.0], most=1.1),
+        },
+        "seconds_per_epoch": rounded(seconds),
+        "parameters": parameters,
+        "samples": args.samples,
+    }

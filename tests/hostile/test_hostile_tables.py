@@ -1,0 +1,283 @@
+"""Parquet, arrow and tar archives from the adversary."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from antibackdoor.data.load import load
+from hostile_files import Case, array, encoded, png, refused, sparse, tarred, written
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+IMAGE = encoded()
+
+
+def table(form: str = "parquet", **columns: Any) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        made = pa.table(columns)
+        if form == "parquet":
+            pq.write_table(made, path.with_suffix(".parquet"))
+        else:
+            with pa.ipc.new_file(path.with_suffix(".arrow"), made.schema) as writer:
+                writer.write_table(made)
+        return path.with_suffix(f".{form}")
+
+    return make
+
+
+def repeated(path: Path) -> Path:
+    """One row a hundred thousand times, in a few kilobytes."""
+    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**5, np.int32)), pa.array([IMAGE]))
+    pq.write_table(
+        pa.table({"image": rows.cast(pa.binary()), "label": np.zeros(10**5, np.int64)}), path.with_suffix(".parquet")
+    )
+    return path.with_suffix(".parquet")
+
+
+def changed(form: str, place: int, value: bytes) -> Callable[[Path], Path]:
+    """Some bytes of an honest table overwritten, counted from the end where negative."""
+
+    def make(path: Path) -> Path:
+        made = table(form, series=[[1.0, 2.0], [2.0, 3.0]], label=[0, 1])(path)
+        content = bytearray(made.read_bytes())
+        at = place % len(content)
+        content[at : at + len(value)] = value
+        return written(made, bytes(content))
+
+    return make
+
+
+def cut(form: str) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        made = table(form, series=[[1.0, 2.0], [2.0, 3.0]], label=[0, 1])(path)
+        return written(made, made.read_bytes()[:-20])
+
+    return make
+
+
+def saved(state: object, **files: bytes) -> Callable[[Path], Path]:
+    """A folder as `save_to_disk` writes it."""
+
+    def make(path: Path) -> Path:
+        path.mkdir()
+        text = state if isinstance(state, str) else json.dumps(state)
+        for name, content in {"state__json": text.encode(), **files}.items():
+            written(path / name.replace("__", "."), content)
+        return path
+
+    return make
+
+
+def linked(path: Path) -> Path:
+    honest = table("arrow", series=[[1.0, 2.0], [2.0, 3.0]], label=[0, 1])(path.with_name("outside"))
+    saved({"_data_files": [{"filename": "data.arrow"}]})(path)
+    (path / "data.arrow").symlink_to(honest)
+    return path
+
+
+def split_linked(path: Path) -> Path:
+    linked(path.with_name("other"))
+    saved({})(path)
+    (path / "state.json").unlink()
+    written(path / "dataset_dict.json", json.dumps({"splits": ["train"]}))
+    (path / "train").symlink_to(path.with_name("other"))
+    return path
+
+
+NESTED = pa.array([[[[1.0]]], [[[2.0]]]])
+BAD = pa.array([{"bytes": None, "path": "/etc/passwd"}] * 2)
+TABLES: dict[str, Case] = {
+    "lists four deep": (table(series=NESTED, label=[0, 1]), "needs one column of encoded images or of lists"),
+    "maps": (
+        table(series=pa.array([[("a", 1.0)]] * 2, pa.map_(pa.string(), pa.float64())), label=[0, 1]),
+        "one column of",
+    ),
+    "structs of lists": (table(series=[{"a": [1.0]}, {"a": [2.0]}], label=[0, 1]), "needs one column of"),
+    "lists of text": (table(series=[["a"], ["b"]], label=[0, 1]), "needs one column of"),
+    "labels are lists": (table(series=[[1.0], [2.0]], label=[[0], [1]]), "holds no label"),
+    "labels are structs": (table(series=[[1.0], [2.0]], label=[{"a": 0}, {"a": 1}]), "holds no label"),
+    "labels are shares in a table": (table(series=[[1.0], [2.0]], label=[0.5, 1.0]), "holds no label"),
+    "labels are missing": (table(series=[[1.0], [2.0]], label=[0, None]), "holds no label"),
+    "labels beyond 63 bits": (
+        table(series=[[1.0], [2.0]], label=pa.array([0, 2**64 - 1], pa.uint64())),
+        "label beyond 63 bits",
+    ),
+    "label of 5,000 characters in a table": (table(series=[[1.0], [2.0]], label=["a", "b" * 5000]), "5,000 characters"),
+    "no label column": (table(series=[[1.0], [2.0]]), "needs one column of labels"),
+    "no sample column": (table(label=[0, 1]), "needs one column of encoded images"),
+    "no columns": (table(), "needs one column of labels"),
+    "ragged channels": (table(series=[[[1.0, 2.0], [1.0]], [[1.0], [2.0]]], label=[0, 1]), "is no series"),
+    "empty lists": (table(series=pa.array([[], []], pa.list_(pa.float64())), label=[0, 1]), "is no series"),
+    "missing lists": (table(series=[None, [1.0]], label=[0, 1]), "is no series"),
+    "paths in place of images": (table(image=BAD, label=[0, 1]), "holds no image itself"),
+    "empty images": (table(image=[b"", b""], label=[0, 1]), "2 of 2 images"),
+    "images of 60000x60000": (table(image=[png(60000, 60000, pixels=b"")] * 2, label=[0, 1]), r"pixels\)? .*limit"),
+    "pickles in place of images": (table(image=[b"\x80\x04cos\nsystem\n."] * 2, label=[0, 1]), "2 of 2 images"),
+    "one image a hundred thousand times": (repeated, "declares 100,000 rows in .* it is a bomb"),
+    "column name with a terminal escape": (table(**{"\x1b[2J": [1, 2]}), r"its columns are \\x1b\[2J"),
+    "parquet cut off": (cut("parquet"), "cannot read"),
+    "arrow cut off": (cut("arrow"), "cannot read"),
+    "parquet whose footer lies": (
+        lambda path: written(path.with_suffix(".parquet"), b"PAR1" + b"\xff" * 60 + b"\xff\xff\xff\x7fPAR1"),
+        "cannot read",
+    ),
+    "parquet whose footer is nothing": (
+        lambda path: written(path.with_suffix(".parquet"), b"PAR1" + bytes(60) + b"\x3c\0\0\0PAR1"),
+        "cannot read",
+    ),
+    "arrow whose footer lies": (changed("arrow", -30, b"\x7f" * 20), "cannot read"),
+    "empty parquet": (lambda path: written(path.with_suffix(".parquet"), b""), "cannot read"),
+    "empty arrow": (lambda path: written(path.with_suffix(".arrow"), b""), "cannot read"),
+    "a terabyte of parquet": (lambda path: sparse(path.with_suffix(".parquet"), 2**40, b"PAR1"), "cannot read"),
+    "state that is no JSON": (saved("{"), "cannot read .*state.json"),
+    "state nested without end": (saved("[" * 200_000), "nested too deeply"),
+    "state that names nothing": (saved({}), "does not name the files"),
+    "state that names a path": (saved({"_data_files": [{"filename": "../../etc/passwd"}]}), "does not name the files"),
+    "state that names a number": (saved({"_data_files": [{"filename": 3}]}), "does not name the files"),
+    "state that names itself": (saved({"_data_files": [{"filename": ".."}]}), "cannot read|does not name|link out"),
+    "state with an indirection": (saved({"_indices_data_files": [{"filename": "i.arrow"}]}), "flatten_indices"),
+    "file that is a link": (linked, "link out of the data set"),
+    "split that is a link": (split_linked, "link out of the data set"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_bad_tables(tmp_path: Path, case: str) -> None:
+    make, sentence = TABLES[case]
+    path = make(tmp_path / "set")
+    refused(lambda: load(path), sentence)
+
+
+def raw(path: Path, *members: tarfile.TarInfo, content: bytes = b"") -> Path:
+    """An archive of these headers, whatever they say."""
+    path = path.with_suffix(".tar")
+    blocks = b"".join(member.tobuf(tarfile.GNU_FORMAT) for member in members)
+    return written(path, blocks + content + bytes(-len(blocks + content) % 512) + bytes(1024))
+
+
+def info(name: str, **others: Any) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    for key, value in others.items():
+        setattr(made, key, value)
+    return made
+
+
+def packed(path: Path) -> Path:
+    made = tarred(path, ("a.png", IMAGE), ("a.cls", b"0"))
+    out = io.BytesIO()
+    import gzip
+
+    with gzip.GzipFile(fileobj=out, mode="wb") as file:
+        file.write(made.read_bytes())
+    return written(made, out.getvalue())
+
+
+def labeled(*label: tuple[str, bytes]) -> Callable[[Path], Path]:
+    return lambda path: tarred(path, ("a.png", IMAGE), *label)
+
+
+HUGE_SHAPE = (
+    b"\x93NUMPY\x01\x00\x4e\x00"
+    + b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }".ljust(77)
+    + b"\n"
+)
+SHARDS: dict[str, Case] = {
+    "empty shard": (lambda path: written(path.with_suffix(".tar"), b""), "no whole tar archive|cannot read"),
+    "text in place of a shard": (lambda path: written(path.with_suffix(".tar"), b"x" * 5120), "no whole tar archive"),
+    "compressed shard": (packed, "no whole tar archive"),
+    "shard of nothing": (lambda path: written(path.with_suffix(".tar"), bytes(10240)), "holds no samples"),
+    "shard cut off": (
+        lambda path: written(tarred(path, ("a.png", IMAGE)), tarred(path, ("a.png", IMAGE)).read_bytes()[:512]),
+        "no whole tar archive",
+    ),
+    "member of a terabyte": (lambda path: raw(path, info("a.png", size=2**40)), "at most 64 MiB"),
+    "member larger than the archive": (
+        lambda path: raw(path, info("a.png", size=2**20)),
+        "cannot read .* as a tar|unexpected end",
+    ),
+    "member of negative size": (
+        lambda path: raw(path, info("a.png", size=-512)),
+        "cannot read .* as a tar|holds no samples|needed",
+    ),
+    "links": (
+        lambda path: raw(
+            path,
+            info("a.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+            info("a.cls", type=tarfile.LNKTYPE, linkname="/etc/passwd"),
+        ),
+        "holds no samples",
+    ),
+    "devices": (
+        lambda path: raw(path, info("a.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)),
+        "holds no samples",
+    ),
+    "pipes": (lambda path: raw(path, info("a.png", type=tarfile.FIFOTYPE)), "holds no samples"),
+    "sample without a label": (labeled(), "has no label"),
+    "label without a sample": (lambda path: tarred(path, ("a.cls", b"0")), "has no image and no .npy"),
+    "two samples of one key": (
+        lambda path: tarred(path, ("a.png", IMAGE), ("a.jpg", IMAGE), ("a.cls", b"0")),
+        "several samples",
+    ),
+    "key twice": (
+        lambda path: tarred(
+            path, ("a.png", IMAGE), ("a.cls", b"0"), ("b.png", IMAGE), ("b.cls", b"0"), ("a.png", IMAGE)
+        ),
+        "twice",
+    ),
+    "label that is no text": (labeled(("a.cls", b"\xff\xfe")), "holds no label"),
+    "label of nothing": (labeled(("a.cls", b"")), "holds no label"),
+    "label of 5,000 characters in a shard": (labeled(("a.cls", b"x" * 5000)), "name of 5,000 characters"),
+    "JSON nested without end": (labeled(("a.json", b"[" * 200_000)), "holds no label"),
+    "JSON without a label": (labeled(("a.json", b'{"x": 1}')), "holds no label"),
+    "JSON whose label is a list": (labeled(("a.json", b'{"label": [1]}')), "holds no label"),
+    "JSON whose label is a truth value": (labeled(("a.json", b'{"label": true}')), "holds no label"),
+    "pickled array": (
+        lambda path: tarred(path, ("a.npy", array(np.array([{}], dtype=object))), ("a.cls", b"0")),
+        "cannot be read: Object arrays",
+    ),
+    "array that declares 700 TiB": (
+        lambda path: tarred(path, ("a.npy", HUGE_SHAPE), ("a.cls", b"0")),
+        "cannot be read",
+    ),
+    "array of text": (lambda path: tarred(path, ("a.npy", array(np.array(["a"]))), ("a.cls", b"0")), "is no series"),
+    "array of five axes": (
+        lambda path: tarred(path, ("a.npy", array(np.zeros((1,) * 5))), ("a.cls", b"0")),
+        "is no series",
+    ),
+    "images and arrays": (
+        lambda path: tarred(path, ("a.png", IMAGE), ("a.cls", b"0"), ("b.npy", array(np.zeros(3))), ("b.cls", b"1")),
+        "some samples are images",
+    ),
+    "image of 60000x60000 in a shard": (
+        lambda path: tarred(path, ("a.png", png(60000, 60000, pixels=b"")), ("a.cls", b"0")),
+        r"pixels\)? .*limit",
+    ),
+    "member that leads out, damaged": (
+        lambda path: tarred(path, ("../../etc/a.png", b"no image"), ("../../etc/a.cls", b"0")),
+        r"1 of 1 images.*\.\./\.\./etc/a",
+    ),
+    "member with a terminal escape": (
+        lambda path: tarred(path, ("\x1b[2J.png", b"no image"), ("\x1b[2J.cls", b"0")),
+        r"1 of 1 images.*\\x1b\[2J",
+    ),
+    "key of 5,000 characters": (
+        lambda path: tarred(path, ("k" * 5000 + ".png", IMAGE), ("k" * 5000 + ".cls", b"0")),
+        "longer than 4,096",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_bad_shards(tmp_path: Path, case: str) -> None:
+    make, sentence = SHARDS[case]
+    path = make(tmp_path / "set")
+    refused(lambda: load(path), sentence)
+    assert {child.name for child in tmp_path.iterdir()} == {path.name}  # nothing was unpacked
