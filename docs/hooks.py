@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from antibackdoor.cli import app
 from antibackdoor.listing import listing
 
-COMMANDS = ("train", "scan", "review", "predict", "poison", "bench", "list", "report", "doctor", "demo")
+COMMANDS = ("train", "scan", "review", "predict", "export", "poison", "bench", "list", "report", "doctor", "demo")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def train(
     config = {"defense": {"name": name, "options": values(method)}, "model": model_name(model)}
     if weights is not None:
         config["weights"] = fingerprint(Path(weights))
-    splits, job = open_run(
+    with open_run(
         data,
         config,
         model=model,
@@ -160,30 +161,31 @@ def train(
         experiment=experiment,
         extras=extras,
         weights=weights,
-    )
-    tracking = Tracking(track, job.folder)
-    tracking.begin({**config, "seed": seed})
-    job.progress = tracking.watch(job.progress)
-    outcome = method.run(job)
-    job.write_history()
-    result = Result(
-        model=outcome.model.eval(),
-        spec=splits.train.spec,
-        suspects=suspects_table(splits.train, outcome),
-        verdict=decide(splits.train, outcome),
-        metrics=_metrics(splits, outcome, job, experiment),
-        history=job.history,
-        architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
-        data=splits.train,
-        environment=environment(job.fabric),
-        attention=attention_of(job.data, outcome, job.fabric),
-    )
-    if job.folder is not None:
-        result.save(job.folder)
-    tracking.end(result.metrics)
-    return result
+    ) as (splits, job):
+        tracking = Tracking(track, job.folder)
+        tracking.begin({**config, "seed": seed})
+        job.progress = tracking.watch(job.progress)
+        outcome = method.run(job)
+        job.write_history()
+        result = Result(
+            model=outcome.model.eval(),
+            spec=splits.train.spec,
+            suspects=suspects_table(splits.train, outcome),
+            verdict=decide(splits.train, outcome),
+            metrics=_metrics(splits, outcome, job, experiment),
+            history=job.history,
+            architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
+            data=splits.train,
+            environment=environment(job.fabric),
+            attention=attention_of(job.data, outcome, job.fabric),
+        )
+        if job.folder is not None:
+            result.save(job.folder)
+        tracking.end(result.metrics)
+        return result
 
 
+@contextmanager
 def open_run(
     data: Splits | Data | str | Path | Dataset[Any],
     config: dict[str, Any],
@@ -199,8 +201,8 @@ def open_run(
     experiment: Experiment | None,
     extras: Mapping[str, Data] | None = None,
     weights: str | Path | None = None,
-) -> tuple[Splits, Job]:
-    """What every run starts with: data and settings checked, then the run folder, then a job in it.
+) -> Iterator[tuple[Splits, Job]]:
+    """What every run starts with: data and settings checked, then the run folder, held till the end, and a job in it.
 
     config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
     is given, as "clean". weights: a file that every model starts from. Raises InputError before anything is written.
@@ -221,25 +223,26 @@ def open_run(
         take_weights(fresh, pretrained, weights)
     fabric = make_fabric(device, precision)
     folder = Path(out) if out is not None else None
-    if folder is not None:
-        told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
-        told |= {name: extra.fingerprint() for name, extra in given.items()}
-        open_folder(folder, told, resume=resume, source=splits.source)
-        write_json(folder / "data.json", describe_data(splits))
-        if experiment is not None:
-            write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
-    job = Job(
-        splits.train,
-        model=model,
-        seed=seed,
-        fabric=fabric,
-        folder=folder,
-        progress=progress,
-        extras=given,
-        epochs=epochs,
-        weights=pretrained,
-    )
-    return splits, job
+    with ExitStack() as stack:
+        if folder is not None:
+            told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
+            told |= {name: extra.fingerprint() for name, extra in given.items()}
+            stack.enter_context(open_folder(folder, told, resume=resume, source=splits.source))
+            write_json(folder / "data.json", describe_data(splits))
+            if experiment is not None:
+                write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
+        job = Job(
+            splits.train,
+            model=model,
+            seed=seed,
+            fabric=fabric,
+            folder=folder,
+            progress=progress,
+            extras=given,
+            epochs=epochs,
+            weights=pretrained,
+        )
+        yield splits, job
 
 
 def model_name(model: str | nn.Module) -> str:

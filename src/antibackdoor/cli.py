@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 DEBUG = "ANTIBACKDOOR_DEBUG"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it, ends a command as orderly as Ctrl-C does."""
+
+
 class Group(TyperGroup):
     """Turns what goes wrong into a sentence and an exit status; ANTIBACKDOOR_DEBUG=1 shows tracebacks."""
 
@@ -38,11 +43,13 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except InputError as error:
             _fail(str(error), 2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             words = ctx.meta["antibackdoor.words"]
-            again = [*words, *(["--resume"] if "--resume" not in words else [])]
-            resumable = words[:1] in (["train"], ["scan"])
-            _fail("interrupted" + (f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."), 130)
+            again = words + (["--resume"] if "--resume" not in words and words[:1] != ["bench"] else [])
+            resumable = words[:1] in (["train"], ["scan"], ["bench"])
+            hint = f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."
+            terminated = isinstance(stop, Terminated)
+            _fail(("terminated" if terminated else "interrupted") + hint, 143 if terminated else 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
@@ -144,6 +151,8 @@ class Kind(StrEnum):
     both = "both"
 
 
+DATA_PANEL, METHOD_PANEL, MACHINE_PANEL, TOLD_PANEL = "The data", "The method", "The machine", "What is told"
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -154,32 +163,60 @@ Source = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Set a hyper-parameter, as shown by `list`; can be repeated."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Set a hyper-parameter, as shown by `list`; can be repeated.",
+        rich_help_panel=METHOD_PANEL,
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Everything random follows from it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Seed = Annotated[int, typer.Option(min=0, help="Everything random follows from it.", rich_help_panel=METHOD_PANEL)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MACHINE_PANEL)]
 DataRoot = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where NAME.npz of named data sets lie ($ANTIBACKDOOR_DATA).")
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where NAME.npz of named data sets lie ($ANTIBACKDOOR_DATA).", rich_help_panel=DATA_PANEL
+    ),
 ]
-MissingOption = Annotated[Missing, typer.Option(help="What to do with gaps inside of series.")]
-SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out image files that are damaged.")]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.")]
-Test = Annotated[str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.")]
+MissingOption = Annotated[
+    Missing, typer.Option(help="What to do with gaps inside of series.", rich_help_panel=DATA_PANEL)
+]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave out image files that are damaged.", rich_help_panel=DATA_PANEL)
+]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.", rich_help_panel=DATA_PANEL)
+]
+Test = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.", rich_help_panel=DATA_PANEL)
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, or be empty.")]
 UndecidedOption = Annotated[
     Undecided,
-    typer.Option("--undecided", help="Reviews: what becomes of flagged samples that nobody decided about."),
+    typer.Option(
+        "--undecided",
+        help="Reviews: what becomes of flagged samples that nobody decided about.",
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
 MemoryMap = Annotated[
     bool | None,
     typer.Option(
-        help="Read images, or an .npz, from a copy on disk as needed, beside the data or in $ANTIBACKDOOR_CACHE "
-        "[default: where they would fill a quarter of the memory]."
+        help="Read images, or an .npz, from a copy on disk as needed, beside the data or in $ANTIBACKDOOR_CACHE.",
+        show_default="where they would fill a quarter of the memory",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs; progress is on stderr.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is run, and every epoch.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TOLD_PANEL)]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print the result as JSON, for programs; progress is on stderr.", rich_help_panel=TOLD_PANEL
+    ),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tell what is run, and every epoch.", rich_help_panel=TOLD_PANEL)
+]
 
 
 def _configure(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> None:
@@ -201,7 +238,7 @@ Config = Annotated[
         metavar="FILE.toml",
         callback=_configure,
         is_eager=True,
-        help="Options from a file, and hyper-parameters in its [set] table; what is typed goes before it.",
+        help="Options from a file, and hyper-parameters in its \\[set] table; what is typed goes before it.",
     ),
 ]
 
@@ -235,13 +272,22 @@ def train(
     data: Source,
     out: Out,
     test: Test = None,
-    defense: Annotated[str, typer.Option(help="auto, NAME or NAME:PROFILE; see `list defenses`.")] = "auto",
+    defense: Annotated[
+        str, typer.Option(help="auto, NAME or NAME:PROFILE; see `list defenses`.", rich_help_panel=METHOD_PANEL)
+    ] = "auto",
     settings: Settings = None,
-    model: Annotated[str, typer.Option(help="auto, NAME or NAME-wWIDTH, see `list models`; or timm:NAME.")] = "auto",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the main training.")] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="auto, NAME or NAME-wWIDTH, see `list models`; or timm:NAME.", rich_help_panel=METHOD_PANEL),
+    ] = "auto",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the data in the main training.", rich_help_panel=METHOD_PANEL)
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.", rich_help_panel=MACHINE_PANEL)
+    ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     image_size: ImageSize = None,
     missing: MissingOption = Missing.refuse,
@@ -249,21 +295,39 @@ def train(
     memory_map: MemoryMap = None,
     data_root: DataRoot = None,
     clean: Annotated[
-        str | None, typer.Option(metavar="PATH", help="A few samples known to be clean, for defenses that need them.")
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A few samples known to be clean, for defenses that need them.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     truth: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Experiments: folder of `poison`, to measure against the truth.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     review: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.", rich_help_panel=DATA_PANEL
+        ),
     ] = None,
     undecided: UndecidedOption = Undecided.drop,
     weights: Annotated[
-        Path | None, typer.Option(metavar="FILE.safetensors", help="Fine-tune these local weights; never pickled ones.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors",
+            help="Fine-tune these local weights; never pickled ones.",
+            rich_help_panel=METHOD_PANEL,
+        ),
     ] = None,
     track: Annotated[
         list[str] | None,
-        typer.Option(help="Tell a tracker: tensorboard, mlflow or wandb; can be repeated."),
+        typer.Option(help="Tell a tracker: tensorboard, mlflow or wandb; can be repeated.", rich_help_panel=TOLD_PANEL),
     ] = None,
     config: Config = None,
     as_json: AsJson = False,
@@ -338,21 +402,36 @@ def scan(
     ctx: typer.Context,
     data: Source,
     out: Out,
-    detector: Annotated[str, typer.Option(help="auto or NAME; see `list detectors`.")] = "auto",
+    detector: Annotated[
+        str, typer.Option(help="auto or NAME; see `list detectors`.", rich_help_panel=METHOD_PANEL)
+    ] = "auto",
     fail_on_poison: Annotated[
         bool, typer.Option("--fail-on-poison", help="End with status 3 where the data look poisoned: a gate.")
     ] = False,
     settings: Settings = None,
     model: Annotated[
-        str, typer.Option(help="What the detector trains: auto, NAME or NAME-wWIDTH; see `list models`.")
+        str,
+        typer.Option(
+            help="What the detector trains: auto, NAME or NAME-wWIDTH; see `list models`.", rich_help_panel=METHOD_PANEL
+        ),
     ] = "auto",
     network: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Judge with the model of a run folder instead of training one.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Judge with the model of a run folder instead of training one.",
+            rich_help_panel=METHOD_PANEL,
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the detector's training.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over the data in the detector's training.", rich_help_panel=METHOD_PANEL),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.", rich_help_panel=MACHINE_PANEL)
+    ] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     test: Test = None,
     image_size: ImageSize = None,
@@ -361,7 +440,12 @@ def scan(
     memory_map: MemoryMap = None,
     data_root: DataRoot = None,
     truth: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Experiments: folder of `poison`, to measure against the truth.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Experiments: folder of `poison`, to measure against the truth.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     config: Config = None,
     as_json: AsJson = False,
@@ -432,7 +516,13 @@ def predict(
             metavar="DATA", help="As for `train`; or a folder of images, one image, or an .npz with only x."
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE.csv", help="Table to write: id, predicted, probability[, label].")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Table to write: id, predicted, probability and, where the data have labels, label.",
+        ),
+    ],
     device: Device = "auto",
     missing: MissingOption = Missing.refuse,
     skip_unreadable: SkipUnreadable = False,
@@ -486,9 +576,10 @@ def poison(
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
-    from antibackdoor.bench.poisoned import check_free, write_poisoned
     from antibackdoor.bench.poisoned import poison as make
+    from antibackdoor.bench.poisoned import write_poisoned
     from antibackdoor.data.load import load
+    from antibackdoor.files import check_free
     from antibackdoor.progress import show
     from antibackdoor.training.job import make_fabric
 
@@ -527,8 +618,8 @@ def poison(
     ),
 )
 def list_(
-    what: Annotated[What | None, typer.Argument(metavar="[attacks|defenses|detectors|models|datasets]")] = None,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One of them, with its options.")] = None,
+    what: Annotated[What | None, typer.Argument(metavar="attacks|defenses|detectors|models|datasets")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, with its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show what there is; with a name, its options."""
@@ -604,7 +695,7 @@ def review(
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 lets the system choose.")] = 0,
     open_page: Annotated[
-        bool | None, typer.Option("--open/--no-open", help="Show the page in a browser [default: on a terminal].")
+        bool | None, typer.Option("--open/--no-open", help="Show the page in a browser.", show_default="on a terminal")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--export", metavar="DIR", help="Write the cleaned set there and open no page.")
@@ -656,7 +747,7 @@ def bench(
         Path,
         typer.Option(metavar="DIR", help="The ledger: one JSON a cell; what lies anywhere under it is not run again."),
     ] = Path("results"),
-    profile: Annotated[str | None, typer.Option(help="One of the grid's profiles [default: its first].")] = None,
+    profile: Annotated[str | None, typer.Option(help="One of the grid's profiles.", show_default="its first")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only tell which cells are done and missing, and how long they will take.")
     ] = False,
@@ -666,7 +757,8 @@ def bench(
     form: Annotated[TableFormat, typer.Option("--format", help="Of the tables.")] = TableFormat.markdown,
     engine: Annotated[Engine, typer.Option(help="Processes on this machine, or a Ray cluster.")] = Engine.local,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Cells at once on this machine [default: one a core]; 0: no processes.")
+        int | None,
+        typer.Option(min=0, help="Cells at once on this machine; 0: no processes.", show_default="one a core"),
     ] = None,
     address: Annotated[str | None, typer.Option(help="Ray: of the cluster; auto finds one on this machine.")] = None,
     cpus: Annotated[float, typer.Option("--cpus-per-cell", min=0, help="Ray: CPUs that a cell takes.")] = 1,
@@ -716,7 +808,8 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("antibackdoor-demo"),
     kind: Annotated[Kind, typer.Option(help="Images, time series, or both.")] = Kind.both,
     open_report: Annotated[
-        bool | None, typer.Option("--open/--no-open", help="Show the reports in a browser [default: on a terminal].")
+        bool | None,
+        typer.Option("--open/--no-open", help="Show the reports in a browser.", show_default="on a terminal"),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data in the main training.")] = None,
     settings: Settings = None,
@@ -765,8 +858,17 @@ def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
 def _fail(sentence: str, status: int) -> NoReturn:
     if os.environ.get(DEBUG) and sys.exc_info()[1] is not None:
         raise  # noqa: PLE0704 (called while an exception is handled)
-    typer.echo(sentence if status == 130 else f"error: {sentence}", err=True)
+    typer.echo(sentence if status in (130, 143) else f"error: {sentence}", err=True)
     raise typer.Exit(status)
+
+
+def end_orderly() -> None:
+    """Let SIGTERM unwind the command as Ctrl-C does, so that it closes what it holds and says how to go on."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def main() -> None:
@@ -774,8 +876,17 @@ def main() -> None:
     # Threads that spin while they wait make a training many times slower where cores are shared with other programs.
     # Read when torch is loaded, so it must be set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    end_orderly()
     try:
         app()
+    except SystemExit as end:
+        # Before and after the command itself, the framework makes a silent exit of an interruption.
+        stop = getattr(end.__context__, "__cause__", None)
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        terminated = isinstance(stop, Terminated)
+        typer.echo("terminated." if terminated else "interrupted.", err=True)
+        sys.exit(143 if terminated else 130)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from antibackdoor.api import Result, train
-from antibackdoor.bench.poisoned import check_free, poison, write_poisoned
+from antibackdoor.bench.poisoned import poison, write_poisoned
 from antibackdoor.data.load import load
 from antibackdoor.defenses import make_defense
-from antibackdoor.files import write_json
+from antibackdoor.files import check_free, write_json
 from antibackdoor.progress import show
 from antibackdoor.report import build_report
 from antibackdoor.report.words import measure

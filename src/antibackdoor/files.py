@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from antibackdoor.errors import InputError, visible
 from antibackdoor.limits import read_text
@@ -29,11 +30,14 @@ Tree: TypeAlias = Any
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbor of `path`, then put it in place in one step.
 
-    A reader sees the old file or the whole new one. Raises InputError where the disk or the permissions refuse.
+    A reader sees the old file or the whole new one, also after the power failed. A program that is killed here leaves
+    `.NAME.PID.part`, see `sweep`. Raises InputError where the disk or the permissions refuse.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         raise InputError(
@@ -41,6 +45,56 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed programs left half-written anywhere under `folder`; for whoever holds its lock."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def at_once(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A hidden neighbor folder to fill; it becomes `out` in one step where the block ends well, else it is removed.
+
+    What a killed program left there goes first. replace: take the place of an earlier `out`.
+    Raises InputError where `out` is in use, where another program is at it, and where disk or permissions refuse.
+    """
+    part, old = (out.parent / f".{out.name}.{end}" for end in ("part", "old"))
+    busy = InputError(f"another program is writing {out}; wait for it, or choose another folder.")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with lock(part / LOCK, wait=False) as mine:
+            if not mine or not (part / LOCK).exists():  # gone: the other one has just finished
+                raise busy
+            try:
+                if not replace:
+                    check_free(out)
+                for entry in part.iterdir():
+                    if entry.name != LOCK:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                yield part
+                (part / LOCK).unlink()
+                shutil.rmtree(old, ignore_errors=True)
+                if out.is_dir() and any(out.iterdir()):
+                    out.rename(old)
+                elif out.is_dir():
+                    out.rmdir()  # not every system renames onto an empty one
+                part.rename(out)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another folder.") from None
+
+
+def check_free(out: Path) -> None:
+    """Refuse a place to write to that is in use."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; choose another folder with --out.")
+
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -104,7 +158,16 @@ def save_state(path: Path, tree: Tree) -> None:
         return {"value": node}
 
     skeleton = json.dumps(strip(tree))
-    atomically(path, lambda part: save_file(tensors or {"empty": torch.zeros(0)}, part, metadata={"tree": skeleton}))
+    save_tensors(path, tensors or {"empty": torch.zeros(0)}, {"tree": skeleton})
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    By way of bytes: the library's own writing to a file leaves names of its choice behind where it is killed, and has
+    an error type of its own for a full disk.
+    """
+    atomically(path, lambda part: part.write_bytes(save(tensors, metadata)))
 
 
 def load_state(path: Path) -> Tree:

@@ -140,6 +140,8 @@ class _Lines:
         self.epochs, self.steps = epochs, steps
 
     def epoch(self, row: dict[str, Any]) -> None:
+        from antibackdoor.bench.plan import duration
+
         last = row["epoch"] == self.epochs
         if not last and time.monotonic() - self.told < self.pause:
             return
@@ -147,7 +149,7 @@ class _Lines:
         name = f"{self.title}: {row['stage']}" if self.title else str(row["stage"])
         left = (self.epochs - row["epoch"]) * row["seconds"]
         rate = self.steps / max(row["seconds"], 1e-9)
-        text = f"{name}, epoch {row['epoch']}/{self.epochs}, {rate:.1f} steps/s, {left:.0f} s left, {_losses(row)}"
+        text = f"{name}, epoch {row['epoch']}/{self.epochs}, {rate:.1f} steps/s, {duration(left)} left, {_losses(row)}"
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,13 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from antibackdoor.attention import Attention
 from antibackdoor.data.core import Data, Kind, Spec, Splits
 from antibackdoor.errors import InputError
-from antibackdoor.files import atomically, read_json, write_json
+from antibackdoor.files import LOCK, atomically, lock, read_json, save_tensors, sweep, write_json
 from antibackdoor.limits import MAX_CLASSES
 from antibackdoor.models import create
 from antibackdoor.models.pretrained import read_shapes, read_weights
@@ -55,38 +55,54 @@ class ModelCard(BaseModel):
         return Spec(self.kind, self.shape, self.classes, self.low, self.high)
 
 
-def open_folder(folder: Path, config: dict[str, Any], *, resume: bool, source: Mapping[str, Any] | None = None) -> bool:
-    """Make a run folder, or take up one with the same settings; True where the run there is finished already.
+@contextmanager
+def open_folder(
+    folder: Path, config: dict[str, Any], *, resume: bool, source: Mapping[str, Any] | None = None
+) -> Iterator[bool]:
+    """Make a run folder, or take up one with the same settings, and hold it against other programs until the end.
 
-    source: how the data were read (`Splits.source`); kept beside the settings, for `review` to read them again.
-    Raises InputError for a folder in use without `resume`, one of other settings, and one that cannot be written.
+    Gives True where the run there is finished already. source: how the data were read (`Splits.source`); kept beside
+    the settings, for `review` to read them again. Raises InputError for a folder that another program is running in,
+    one in use without `resume`, one of other settings, and one that cannot be written.
     """
     settings = folder / "config.json"
-    try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out.") from None
-    if taken and not resume:
-        raise InputError(f"{folder} exists and is not empty; choose another folder, or --resume to go on with its run.")
-    if taken:
-        if not settings.exists():
-            raise InputError(f"{folder} is not empty and holds no run to go on with (no config.json in it).")
-        if read_json(settings) != json.loads(json.dumps(config)):
+    _in_use(folder, resume)  # before anything is written to it
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mine = stack.enter_context(lock(folder / LOCK, wait=False))
+        except OSError as error:
+            raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out.") from None
+        if not mine:
+            raise InputError(f"another program is running in {folder}; wait for its end, or choose another folder.")
+        if not _in_use(folder, resume):
+            write_json(settings, config)
+        elif read_json(settings) != json.loads(json.dumps(config)):
             raise InputError(
                 f"{folder} holds a run with other data or settings; resume it with its own, or choose another."
             )
-    else:
-        write_json(settings, config)
-    if source is not None:
-        write_json(folder / "source.json", dict(source))
-    return (folder / "result.json").exists()
+        sweep(folder)
+        if source is not None:
+            write_json(folder / "source.json", dict(source))
+        yield (folder / "result.json").exists()
+
+
+def _in_use(folder: Path, resume: bool) -> bool:
+    """Whether there is a run to go on with; a folder whose run was killed before it began counts as empty."""
+    taken = folder.exists() and (
+        not folder.is_dir() or any(path.name != LOCK and path.suffix != ".part" for path in folder.iterdir())
+    )
+    if taken and not resume:
+        raise InputError(f"{folder} exists and is not empty; choose another folder, or --resume to go on with its run.")
+    if taken and not (folder / "config.json").exists():
+        raise InputError(f"{folder} is not empty and holds no run to go on with (no config.json in it).")
+    return taken
 
 
 def save_model(folder: Path, model: nn.Module, architecture: str | None, spec: Spec) -> None:
     """Write `model.safetensors` and `model.json`."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    atomically(folder / "model.safetensors", lambda part: save_file(state, part))
+    save_tensors(folder / "model.safetensors", state)
     card = ModelCard(
         architecture=architecture, kind=spec.kind, shape=spec.shape, classes=spec.classes, low=spec.low, high=spec.high
     )

@@ -59,7 +59,7 @@ def scan(
     if network is not None and method.watches_training:
         name = config["detector"]["name"]  # type: ignore[index]
         raise InputError(f"the detector {name!r} watches a training of its own, so it cannot judge with a network.")
-    splits, job = open_run(
+    with open_run(
         data,
         config,
         model=model,
@@ -71,25 +71,25 @@ def scan(
         resume=resume,
         progress=progress,
         experiment=experiment,
-    )
-    outcome = method.run(job, None if network is None else _ready(network, job))
-    job.write_history()
-    suspects = suspects_table(splits.train, outcome)
-    if not method.estimates_probability:
-        suspects["probability"] = float("nan")
-    known = {} if experiment is None else {"detection": detection_measures(outcome, experiment.truth)}
-    findings = Findings(
-        suspects=suspects,
-        verdict=method.verdict(splits.train, outcome),
-        metrics={**known, "cost": cost(job)},
-        history=job.history,
-        data=splits.train,
-        environment=environment(job.fabric),
-        attention=attention_of(job.data, outcome, job.fabric),
-    )
-    if job.folder is not None:
-        findings.save(job.folder)
-    return findings
+    ) as (splits, job):
+        outcome = method.run(job, None if network is None else _ready(network, job))
+        job.write_history()
+        suspects = suspects_table(splits.train, outcome)
+        if not method.estimates_probability:
+            suspects["probability"] = float("nan")
+        known = {} if experiment is None else {"detection": detection_measures(outcome, experiment.truth)}
+        findings = Findings(
+            suspects=suspects,
+            verdict=method.verdict(splits.train, outcome),
+            metrics={**known, "cost": cost(job)},
+            history=job.history,
+            data=splits.train,
+            environment=environment(job.fabric),
+            attention=attention_of(job.data, outcome, job.fabric),
+        )
+        if job.folder is not None:
+            findings.save(job.folder)
+        return findings
 
 
 def _ready(network: nn.Module, job: Job) -> nn.Module:

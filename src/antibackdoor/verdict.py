@@ -77,6 +77,7 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
         f"Of {findings[name]['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
         f"samples only takes {findings[name]['count']} for other classes, with confidence. Half of these were learned "
         f"earlier than {findings[name]['early']:.0%} of all samples; clean ones that look like another class come late."
+        + (" Models that never saw this label see two groups in it." if findings[name]["divided"] else "")
         for name in shown
     ]
     if not targets:

@@ -17,7 +17,7 @@ from antibackdoor.data import mapped
 from antibackdoor.data.mapped import fills_memory
 from toy_files import TINY, UNDEFENDED, Run
 
-COMMANDS = ("train", "predict", "poison", "list", "review", "bench")
+COMMANDS = ("train", "scan", "predict", "poison", "list", "review", "export", "bench")
 SHELL = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100"}
 
 
@@ -26,6 +26,15 @@ def test_help_teaches_by_example(run: Run, command: str) -> None:
     told = run(command, "--help").output
     examples = told[told.index("Examples:") :]
     assert len(re.findall(rf"antibackdoor {command} ", examples)) >= 2 or command == "predict"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("train", ["[set]", "quarter of the memory"]), ("bench", ["one a core", "its first"]), ("review", ["terminal"])],
+)
+def test_help_loses_nothing_in_brackets(run: Run, command: str, words: list[str]) -> None:
+    told = " ".join(run(command, "--help").output.replace("│", " ").split())
+    assert all(word in told for word in words) and not re.search(r" \.( |$)", told)
 
 
 def test_every_example_names_options_that_exist(run: Run) -> None:

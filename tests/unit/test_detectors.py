@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from antibackdoor.data.core import Data, Spec
 from antibackdoor.defenses import Outcome
 from antibackdoor.detectors import DETECTORS, make_detector
-from antibackdoor.detectors.spectral_signatures import projections
 from antibackdoor.errors import InputError
 from antibackdoor.models import create
+from antibackdoor.training.features import projections
 from antibackdoor.training.groups import halves
 from antibackdoor.training.job import Job
 from antibackdoor.training.scores import features_of

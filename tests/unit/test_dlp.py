@@ -14,6 +14,8 @@ from antibackdoor.data.batches import gather
 from antibackdoor.data.core import Truth
 from antibackdoor.defenses import make_defense
 from antibackdoor.defenses.dlp import DLP, Watched, two_sides
+from antibackdoor.detectors import make_detector
+from antibackdoor.errors import InputError
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy
@@ -62,6 +64,26 @@ def test_the_filter_by_hand(filter_by: str) -> None:
     want = {"entropy": (p * p.log()).sum(1), "loss": p[torch.arange(60), data.y].log()}[filter_by]
     sides = DLP(filter=filter_by, look="end").split(job, model, Watched(60, filter_by))
     torch.testing.assert_close(sides["scores"], want)
+
+
+@pytest.mark.parametrize("filter_by", ["activation_clustering", "spectral_signatures"])
+@pytest.mark.parametrize("look", ["end", "epochs"])
+def test_a_filter_on_features_scores_as_the_detector_of_that_name(filter_by: Any, look: Any) -> None:
+    data = toy_series(60)
+    job = Job(data, model="resnet18-w4", fabric=FABRIC)
+    model = job.model()
+    sides = DLP(filter=filter_by, look=look, poisoned_floor=6).split(job, model, Watched(60, filter_by))
+    want = make_detector(filter_by).run(Job(data, fabric=FABRIC), model).scores
+    assert want.unique().numel() > 50 and torch.equal(sides["scores"], want)
+    assert set(sides["poisoned"].tolist()) == set(want.topk(6).indices.tolist())
+
+
+def test_features_that_are_not_finite_are_told() -> None:
+    job = Job(toy_images(20), model="resnet18-w4", fabric=FABRIC)
+    model = job.model()
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        DLP(filter="activation_clustering").split(job, model, Watched(20, "loss"))
 
 
 def test_epochs_are_averaged_in_logarithms() -> None:

@@ -1,11 +1,16 @@
 """What the docs say of results is what the ledger says."""
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from typer.main import get_command
+
 from antibackdoor.bench.grid import read_grid
+from antibackdoor.cli import app
+from antibackdoor.threats import references
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,3 +55,29 @@ def test_the_grid_of_the_filtering_figure_can_be_read() -> None:
     cells = read_grid(ROOT / "experiments" / "filtering.toml").cells()
     assert {cell.attack for cell in cells} >= {"badnets", "blend", "sig", "none"}
     assert all(cell.detectors for cell in cells)
+
+
+def test_every_command_that_a_page_names_exists() -> None:
+    """What stands in a line of text or a table is not run, unlike blocks; so its words are looked up."""
+    commands = {command.name or "": command for command in get_command(app).commands.values()}  # type: ignore[attr-defined]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    named = [words for page in pages for words in re.findall(r"`antibackdoor ([^`\n]+)`", page.read_text("utf-8"))]
+    assert len(named) > 30
+    for words in named:
+        command, *rest = words.split()
+        if command in commands:
+            known = {name for option in commands[command].params for name in (*option.opts, *option.secondary_opts)}
+            assert {word for word in rest if word.startswith("--")} <= known | {"--help"}, words
+        else:
+            assert command in {"COMMAND", "--help", "--version"}, words
+
+
+def test_every_entry_of_atlas_and_nist_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "limits.md").read_text("utf-8")
+    assert all(f"[{entry['id']}]({entry['url']}) | {entry['name']} |" in text for entry in references(True))
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text("utf-8")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f": {page}\n" not in listed and f"- {page}\n" not in listed] == []

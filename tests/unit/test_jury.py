@@ -40,6 +40,12 @@ def test_nothing_to_count_tells_nothing() -> None:
     assert (lower(0, 0), upper(0, 0)) == (0.0, 1.0)
 
 
+def test_wilson_against_values_worked_by_hand() -> None:
+    """5 of 10 at z = 1.64: (p + z2/2n -+ z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n)."""
+    assert (lower(5, 10), upper(5, 10)) == (pytest.approx(0.26981, abs=1e-5), pytest.approx(0.73019, abs=1e-5))
+    assert (lower(0, 10), upper(0, 10)) == (pytest.approx(0, abs=1e-12), pytest.approx(0.21195, abs=1e-5))
+
+
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
@@ -50,7 +56,9 @@ class Court:
         self.options = Jury(trusted=0.5, excluded=0.2, **options)
         self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
         self.ease = self.place.double()
-        self.hearing = Hearing(self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease)
+        self.hearing = Hearing(
+            self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease, [False] * 4
+        )
 
     def hear(self, answers: Tensor, confidence: float = 0.99) -> None:
         """What the model is made to say of every sample."""
@@ -118,6 +126,13 @@ def test_samples_learned_late_accuse_nobody() -> None:
     assert torch.equal(court.hearing.labels, court.given)
 
 
+def test_samples_learned_late_accuse_where_the_outsiders_see_two_groups() -> None:
+    court = Court()
+    court.hearing.early, court.hearing.divided = 1 - court.hearing.early, [False, True, False, False]
+    court.hear(torch.where((court.given < 2) & (court.place >= 5), 2, court.given))
+    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+
+
 def test_an_unsure_model_accuses_nobody() -> None:
     court = Court()
     court.hear(torch.where(court.given == 1, 2, court.given), confidence=0.6)
@@ -152,5 +167,5 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     data.y[data.y == 3] = 0
     data.y[0] = 3
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
-    hearing = Hearing(Jury(), job, job.model(), within(torch.rand(40), data.y), torch.rand(40))
+    hearing = Hearing(Jury(), job, job.model(), within(torch.rand(40), data.y), torch.rand(40), [False] * 4)
     assert hearing.trusted[0]

@@ -109,6 +109,9 @@ def test_it_prints_and_reads_without_scripts(chromium: Any, report: Path, tmp_pa
     page, told = opened(chromium, report, **DESKTOP)
     page.pdf(path=tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").stat().st_size > 20_000 and told == []
+    assert page.locator(".listed").is_visible()
+    page.emulate_media(media="print")
+    assert not page.locator(".listed").is_visible()  # a dozen pages of rows that suspects.csv has
     page.context.close()
     page, told = opened(chromium, report, **DESKTOP, java_script_enabled=False)
     assert "looks poisoned" in page.locator("h1").text_content() and page.locator(".sample img").first.is_visible()

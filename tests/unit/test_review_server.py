@@ -244,3 +244,53 @@ def test_series_as_curves(tmp_path: Path) -> None:
         status, read, headers = client.ask("GET", client.root + "/picture/1")
         assert status == 200 and headers["content-type"] == "image/svg+xml" and read.count(b"<path") == 2
         assert client.get("/api/start")[1]["kind"] == "series"
+
+
+RAW = {
+    "two Hosts": (b"GET {root}/api/start HTTP/1.1\r\nHost: {host}\r\nHost: evil.example\r\n\r\n", b"400"),
+    "no Host, old protocol": (b"GET {root}/api/start HTTP/1.0\r\n\r\n", b"400"),
+    "another page's address": (b"GET http://evil.example{root}/api/start HTTP/1.1\r\nHost: {host}\r\n\r\n", b"404"),
+    "two lengths": (
+        b"POST {root}/api/undo HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}}",
+        b"400",
+    ),
+    "a length and chunks": (
+        b"POST {root}/api/undo HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"4",
+    ),
+    "a web socket": (
+        b"GET {root}/ HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+        b"200",  # the page, and no socket
+    ),
+    "no protocol at all": (b"\x16\x03\x01\x02\x00\x01\x00" + b"\x00" * 64 + b"\r\n\r\n", b"400"),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_requests_that_no_browser_sends(client: Client, case: str) -> None:
+    sent, status = RAW[case]
+    text = sent.replace(b"{root}", client.root.encode()).replace(b"{host}", client.host.encode())
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as sock:
+        sock.sendall(text)
+        assert sock.recv(64).split(b" ")[1].startswith(status)
+    assert client.get("/api/start")[0] == 200 and (client.session.decisions.codes == UNDECIDED).all()
+
+
+def test_clients_that_never_finish_keep_nobody_out(client: Client) -> None:
+    slow = [socket.create_connection(("127.0.0.1", client.port), timeout=10) for _ in range(40)]
+    try:
+        for sock in slow:
+            sock.sendall(b"GET " + client.root.encode() + b"/api/start HTTP/1.1\r\nHost: ")
+        assert client.get("/api/start")[0] == 200
+    finally:
+        for sock in slow:
+            sock.close()
+
+
+def test_the_token_is_of_this_session_and_long(client: Client) -> None:
+    assert len(client.root) > 30
+    tokens = {server.secrets.token_urlsafe(24) for _ in range(50)}
+    assert len(tokens) == 50 and client.root.strip("/") not in tokens

@@ -13,13 +13,19 @@ from antibackdoor.data.core import Data
 from antibackdoor.defenses import Outcome
 from antibackdoor.errors import InputError
 from antibackdoor.models import create
-from antibackdoor.runs import load_model, open_folder, save_model
+from antibackdoor.runs import load_model, save_model
+from antibackdoor.runs import open_folder as opened
 from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import decide
 from tiny import FABRIC
 from toy import toy_images, toy_series
 
 Part = tuple[int, int]
+
+
+def open_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> bool:
+    with opened(folder, config, resume=resume) as finished:
+        return finished
 
 
 def test_a_folder_is_taken_up_only_by_the_same_run(tmp_path: Path) -> None:

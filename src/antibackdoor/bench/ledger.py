@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ class Ledger:
         path = self.folder / f"{name}.json"
         write_text(path, compact(record))
         self._found[name] = path
-        self._error(name).unlink(missing_ok=True)
+        self.forget_error(name)
 
     def write_error(self, name: str, error: Record) -> None:
         """Say why a cell broke, in `NAME.error.json`; it is tried again by the next call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._error(name), compact(error))
+
+    def forget_error(self, name: str) -> None:
+        """Remove what an earlier call left of a cell that is done by now."""
+        self._error(name).unlink(missing_ok=True)
 
     def error(self, name: str) -> str | None:
         """What went wrong with a cell, where something did."""
@@ -52,6 +57,8 @@ class Ledger:
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with lock(locks / name, wait=False) as mine:
+            for part in self.folder.glob(f".{escape(name)}.*.part") if mine else ():
+                part.unlink(missing_ok=True)  # of a writer that was killed
             yield mine
 
     def _error(self, name: str) -> Path:

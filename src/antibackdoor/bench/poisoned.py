@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from antibackdoor.data.arrays import load_npz, write_npz, write_part
 from antibackdoor.data.core import Data, Splits, Truth
 from antibackdoor.data.truth import rates, read_targets, read_truth, targets_table, truth_table
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import load_state, lock, save_state, write_csv, write_json
+from antibackdoor.files import LOCK, at_once, load_state, lock, save_state, sweep, write_csv, write_json
 from antibackdoor.models import resolve
 from antibackdoor.options import build, values
 from antibackdoor.seeds import derive
@@ -109,10 +108,11 @@ def fitted(
     folder = kept / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     path = folder / "state.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "lock"):  # another process that trains the same is waited for
+    with lock(folder / LOCK):  # another process that trains the same is waited for
+        sweep(folder)
         if not path.exists():
             save_state(path, method.fit(clean, job(folder=folder)))
-            shutil.rmtree(folder / "stages", ignore_errors=True)
+        shutil.rmtree(folder / "stages", ignore_errors=True)
     state: State = load_state(path)
     return state
 
@@ -142,10 +142,7 @@ def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> No
     samples, and `attack.json`.
     The folder appears complete or not at all. Raises InputError where it is in use or cannot be written.
     """
-    check_free(out)
-    part = out.parent / f".{out.name}.{os.getpid()}.part"
-    try:
-        part.mkdir(parents=True)
+    with at_once(out) as part:
         if form == "npz":
             write_npz(part / "data.npz", poisoned.splits)
         else:
@@ -155,13 +152,6 @@ def write_poisoned(poisoned: Poisoned, out: Path, *, form: Format = "npz") -> No
         write_part(part / "triggered.npz", experiment.triggered)
         write_csv(part / "triggered.csv", targets_table(experiment.triggered, experiment.targets))
         write_json(part / "attack.json", poisoned.attack)
-        if out.is_dir():
-            out.rmdir()  # empty, as checked; not every system renames onto it
-        part.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another folder.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_experiment(folder: Path, splits: Splits) -> Experiment:
@@ -175,12 +165,6 @@ def read_experiment(folder: Path, splits: Splits) -> Experiment:
     if not set(triggered.ids) <= set(splits.test.ids) or triggered.spec.shape != splits.test.spec.shape:
         raise InputError(f"{folder / 'triggered.npz'} does not belong to this test set: its ids or shapes differ.")
     return Experiment(truth, triggered, read_targets(folder / "triggered.csv", triggered))
-
-
-def check_free(out: Path) -> None:
-    """Refuse a place to write to that is in use."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; choose another folder with --out.")
 
 
 def _as_read(poisoned: Poisoned, written: Written) -> Poisoned:
@@ -210,7 +194,6 @@ def _as_read(poisoned: Poisoned, written: Written) -> Poisoned:
 __all__ = [
     "Format",
     "Poisoned",
-    "check_free",
     "class_number",
     "fitted",
     "poison",

@@ -14,6 +14,7 @@ from antibackdoor.bench.cell import Cell
 from antibackdoor.bench.engines import Engine, Event, Task
 from antibackdoor.bench.ledger import Ledger
 from antibackdoor.bench.plan import Estimates
+from antibackdoor.files import sweep
 
 LOST = 3
 """A cell whose worker or node went away is given out again, this many times in all."""
@@ -56,6 +57,9 @@ def run_cells(
     watcher = watcher or Watcher()
     by_name = {cell.name(): cell for cell in cells}
     missing = [name for name in by_name if name not in ledger]
+    for name in by_name.keys() - set(missing):  # of a call that was killed just after it had written a record
+        ledger.forget_error(name)
+        shutil.rmtree(stages / name, ignore_errors=True)
     estimates = Estimates(ledger.folder, device)
     waiting = [
         Task(name, by_name[name], stages / name, device, estimates.memory(by_name[name]))
@@ -98,6 +102,7 @@ class _Run:
             elif task.name in self.ledger:
                 claim.close()  # another process has run it
             else:
+                sweep(task.stages)
                 self.claims[task.name] = (task, claim)
                 self.watcher.start(task.name)
                 self.engine.submit(task)

@@ -93,6 +93,9 @@ def map_made(
         def write_rows(part: Path) -> None:
             nonlocal lengths
             out = open_memmap(part, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up would kill the process as it fills the map
+                with part.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             lengths = fill(out)
             out.flush()
 

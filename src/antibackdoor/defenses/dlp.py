@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,15 +15,22 @@ from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
 from antibackdoor.options import options
+from antibackdoor.training.features import clusters, projections, scored_by_class
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy, Step, forward
 from antibackdoor.training.ranking import Persistence
-from antibackdoor.training.scores import entropies, logits_of, losses
+from antibackdoor.training.scores import check_finite, entropies, features_of, logits_of, losses
 from antibackdoor.training.semi_supervised import SemiSupervised, semi_supervised
 from antibackdoor.training.unlearning import Ascent, Unlearn
 
 Order = Literal["sl-au-assft", "sl-au", "sl-assft", "sl-assft-au"]
+Filter = Literal["entropy", "loss", "activation_clustering", "spectral_signatures"]
+OF_FEATURES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "activation_clustering": lambda features, label: clusters(features, label)[0],
+    "spectral_signatures": lambda features, label: projections(features, label) ** 2,
+}
+"""Filters that score the features of a class, `(m, D)`, in place of the network's answers: `(m,)`, high = poisoned."""
 
 
 @DEFENSES.register("dlp", paper="Ying and Wu 2023, DLP: towards active defense against backdoor attacks")
@@ -34,7 +41,8 @@ class DLP(Defense):
     1. SL: short supervised training on everything as labeled. What carries a trigger is learned first and best.
     2. Filter: the entropy `H(x) = - sum_c p_c log p_c` of the network's answers. The `filter_rate` of all samples with
        the lowest is the poisoned side; of each class, as labeled, an equal share with the highest is the clean side,
-       together as many samples as the poisoned one.
+       together as many samples as the poisoned one. In place of the entropy, the loss, or what the detectors of these
+       names make of the features: `activation_clustering`, `spectral_signatures`.
     3. AU: gradient ascent on the poisoned side (`Unlearn`).
     4. ASSFT: FixMatch with the clean side as labeled and all others, the poisoned side included, as unlabeled samples.
 
@@ -63,10 +71,13 @@ class DLP(Defense):
     supervised: Annotated[Recipe, Field(description="SL")] = Recipe(
         epochs=10, min_steps=100, learning_rate=0.01, schedule="constant", augment="none"
     )
-    filter: Annotated[Literal["entropy", "loss"], Field(description="what tells the two sides")] = "entropy"
+    filter: Annotated[Filter, Field(description="what tells the two sides")] = "entropy"
     look: Annotated[
         Literal["end", "epochs"],
-        Field(description="at the network after SL, or, averaged in logarithms, at all epochs of SL while they run"),
+        Field(
+            description="entropy and loss: of the network after SL, or averaged in logarithms over all epochs of SL; "
+            "the other filters look at the end"
+        ),
     ] = "epochs"
     filter_rate: Annotated[float, Field(gt=0, le=0.5, description="share of all samples on either side")] = 0.01
     poisoned_floor: Annotated[int, Field(ge=1, description="samples on the poisoned side, at least")] = 8
@@ -111,8 +122,13 @@ class DLP(Defense):
         """What the network makes of all samples: scores `(n,)`, and the row numbers of both sides."""
         logits, y = logits_of(model, job.data, job.fabric), job.data.y.cpu()
         loss = losses(logits, y)
-        now = -(entropies(logits) if self.filter == "entropy" else loss)
-        scores = watched.ranking.scores() if self.look == "epochs" else now
+        if self.filter in OF_FEATURES:
+            features = check_finite(features_of(model, job.data, job.fabric), job.data)
+            scores = scored_by_class(features, y, OF_FEATURES[self.filter])
+        elif self.look == "epochs":
+            scores = watched.ranking.scores()
+        else:
+            scores = -(entropies(logits) if self.filter == "entropy" else loss)
         n, classes = len(y), len(job.data.spec.classes)
         count = max(self.poisoned_floor, round(self.filter_rate * n))
         each = max(self.clean_floor, round(self.filter_rate * n / classes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,13 @@ class Hearing(Objective):
     """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted.
 
     suspicion: `(n,)` in [0, 1], percentile within the samples of the same given label. ease: `(n,)`, how early the
-    shallow witness learned each label.
+    shallow witness learned each label. divided: for each class, whether the outsiders see two groups in it.
     """
 
-    def __init__(self, options: Jury, job: Job, model: nn.Module, suspicion: Tensor, ease: Tensor):
+    def __init__(
+        self, options: Jury, job: Job, model: nn.Module, suspicion: Tensor, ease: Tensor, divided: Sequence[bool]
+    ):
+        self.divided = divided
         self.options, self.job, self.suspicion = options, job, suspicion
         self.given = job.data.y.cpu()
         self.early = within(ease, torch.zeros_like(self.given))
@@ -49,7 +52,7 @@ class Hearing(Objective):
         self.first = options.hearing * job.recipe(options.main).epochs_for(len(self.given))
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
         self.findings: list[dict[str, Any]] = [
-            {"count": 0, "n": 0, "early": 0.0, "attacked": False} for _ in job.data.spec.classes
+            {"count": 0, "n": 0, "early": 0.0, "divided": apart, "attacked": False} for apart in divided
         ]
         self.partitions: list[Partition] = []
         self._assign(0, torch.where(self.trusted, self.given, OUT))
@@ -93,7 +96,10 @@ class Hearing(Objective):
         given = self.given[rows]
         against = (answers != given) & (confidence >= self.options.confidence)
         of_class = [given == label for label in self.classes]
-        findings = [self._finding(rows[mask], rows[mask & against]) for mask in of_class]
+        findings = [
+            self._finding(rows[mask], rows[mask & against], apart)
+            for mask, apart in zip(of_class, self.divided, strict=True)
+        ]
         # What was found once stays: later the model would only repeat what it was taught since.
         self.findings = [old if old["attacked"] else new for old, new in zip(self.findings, findings, strict=True)]
         attacked = self._attacked()[given]
@@ -103,11 +109,12 @@ class Hearing(Objective):
         labels[rows] = torch.where(attacked, judged, given)
         self._assign(epoch, labels)
 
-    def _finding(self, heard: Tensor, against: Tensor) -> dict[str, Any]:
+    def _finding(self, heard: Tensor, against: Tensor, apart: bool) -> dict[str, Any]:
         """About one class; clean samples that look like another class are learned late, poison is not."""
         early = float(self.early[against].median()) if len(against) else 0.0
         many = lower(len(against), len(heard)) > self.options.acquittal
-        return {"count": len(against), "n": len(heard), "early": early, "attacked": many and early > 0.5}
+        attacked = many and (early > 0.5 or apart)
+        return {"count": len(against), "n": len(heard), "early": early, "divided": apart, "attacked": attacked}
 
     @property
     def acquitted(self) -> bool:

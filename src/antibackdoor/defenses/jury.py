@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -15,7 +16,7 @@ from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
-from antibackdoor.training.groups import shared, weighed
+from antibackdoor.training.groups import clarity, shared, weighed
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
@@ -37,15 +38,17 @@ class Jury(Defense):
        sample shares e and h with its `neighbors` nearest of the same label. What is noise in single samples averages
        out, and a poisoned sample that looks innocent by itself is found in the company it keeps.
        Where classes are hard to tell apart, ease shows the poison and outsiders are unsure of everything; where they
-       are easy, everything is learned at once, but outsiders are sure of poison only. So within each class e and h are
-       added by how clearly each of them divides the class in two, and the sum, the suspicion, is shared once more.
+       are easy, everything is learned at once, the trigger even last, but outsiders are sure of poison only. So within
+       each class e and h are added by how clearly each of them divides the class in two, e with its sign turned where
+       it runs against a clear h, and the sum, the suspicion, is shared once more.
     4. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends if no class turns out to be attacked.
     5. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
        attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval) and
-       these were learned early, in the easier half of the whole set: clean samples that look like another class come
-       late. They learn as what it takes them for; samples it agrees with get their label back, but for the `excluded`
-       share with the most suspicion. A class that was not attacked gets all its labels back.
+       these were learned early, in the easier half of the whole set (clean samples that look like another class come
+       late), or the outsiders divide the class beyond doubt. They learn as what it takes them for; samples it agrees
+       with get their label back, but for the `excluded` share with the most suspicion. A class that was not attacked
+       gets all its labels back.
 
     What it cannot see: clean-label poison (the model agrees with its label), and, with two classes, it has no
     outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
@@ -66,35 +69,40 @@ class Jury(Defense):
     hearing: Annotated[Share, Field(description="share of the epochs before the others are heard")] = 0.4
     confidence: Annotated[Share, Field(description="of an answer that counts against the given label")] = 0.9
     acquittal: Annotated[Share, Field(description="a class of which more is taken for others may be attacked")] = 0.03
+    division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
     excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
     main: Annotated[Recipe, Field(description="of the model; its augmentation once all classes are acquitted")] = (
-        Recipe()
+        Recipe(min_steps=800)
     )
 
     def run(self, job: Job) -> Outcome:
         """Question the witnesses, train the model, and judge."""
         given = job.data.y.cpu()
-        ease, features = self._ease(job)
-        opinions = torch.stack([within(ease, given), self._home(job, given)], 1)
-        opinions = shared(opinions, features, given, self.neighbors, seed=job.seed)
-        suspicion = shared(weighed(opinions, given), features, given, self.neighbors, seed=job.seed)
+        tap, ease = self._trap(job)
+        features = features_of(tap, job.data, job.fabric, call=second_logits)
+        early, home = (
+            shared(opinion, features, given, self.neighbors, seed=job.seed)
+            for opinion in (within(ease, given), self._home(job, given))
+        )
+        suspicion = shared(weighed(early, home, given), features, given, self.neighbors, seed=job.seed)
         model = job.model()
-        hearing = Hearing(self, job, model, within(suspicion, given), ease)
+        divided = [clarity(home[given == label]) >= self.division for label in range(len(job.data.spec.classes))]
+        hearing = Hearing(self, job, model, within(suspicion, given), ease, divided)
         job.fit("training", model, hearing, job.recipe(self.main))
-        return hearing.outcome(model)
+        return replace(hearing.outcome(model), witness=(tap, second_logits))
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)
         tap = Tap(job.model(name), None, len(job.data.spec.classes), example.x, example.lengths)
         return tap.to(job.fabric.device)
 
-    def _ease(self, job: Job) -> tuple[Tensor, Tensor]:
-        """`(n,)`: how soon and how firmly the witness learned each label; and the features it has at the end."""
+    def _trap(self, job: Job) -> tuple[Tap, Tensor]:
+        """The witness that learned everything as labeled, and `(n,)`: how soon and how firmly it learned each label."""
         n, tap = len(job.data), self._tapped(job, "trap")
         steps = self.trap.epochs_for(n) * steps_per_epoch(n, self.trap.batch_for(n))
         witness = Witness(job, geometric(steps, self.looks))
         job.fit("trap", tap, witness, self.trap, parameters=tap.warm_up_parameters())
-        return witness.ranking.scores(), features_of(tap, job.data, job.fabric, call=second_logits)
+        return tap, witness.ranking.scores()
 
     def _home(self, job: Job, given: Tensor) -> Tensor:
         """`(n,)`: the confidence in another class of the outsider that was never shown a sample of this label."""

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import numpy as np
-import torch
 from pydantic import Field
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
 from antibackdoor.defenses.base import Outcome
-from antibackdoor.detectors.base import DETECTORS, Detector, Split, check_finite, enough, split_classes
+from antibackdoor.detectors.base import DETECTORS, Detector, Split, enough, split_classes
 from antibackdoor.options import options
-from antibackdoor.seeds import derive
+from antibackdoor.training.features import clusters
 from antibackdoor.training.job import Job
-from antibackdoor.training.scores import features_of
-
-SILHOUETTE_SAMPLES = 2000
-"""The silhouette needs all distances between samples; of larger classes this many are looked at."""
+from antibackdoor.training.scores import check_finite, features_of
 
 
 @DETECTORS.register(
@@ -52,27 +44,6 @@ class ActivationClustering(Detector):
 
     def split(self, features: Tensor, label: int) -> Split:
         """One class: centered features `(m, D)`."""
-        seed = derive(0, "activation clustering", label) & 0x7FFFFFFF
-        values = features.numpy()
-        if self.components < min(values.shape):
-            values = PCA(self.components, svd_solver="randomized", random_state=seed).fit_transform(values)
-        clusters = KMeans(2, n_init=10, random_state=seed).fit(values)
-        smaller = int(np.bincount(clusters.labels_, minlength=2).argmin())
-        group = clusters.labels_ == smaller
-        distances = clusters.transform(values)
-        near, far = distances[:, smaller], distances[:, 1 - smaller]
-        leaning = (far - near) / np.maximum(np.maximum(far, near), 1e-300)
-        apart = self._silhouette(values, group, seed)
-        suspicious = torch.from_numpy(group)
-        found = apart >= self.silhouette and group.mean() <= self.largest and enough(suspicious)
-        return Split(torch.from_numpy(max(apart, 0.0) * leaning), suspicious, apart, bool(found))
-
-    def _silhouette(self, values: np.ndarray, group: np.ndarray, seed: int) -> float:
-        """Of all samples or, in large classes, of some, drawn from both clusters in proportion."""
-        share = min(1.0, SILHOUETTE_SAMPLES / len(values))
-        rng = np.random.default_rng(seed)
-        rows = [rng.permutation(np.flatnonzero(group == side)) for side in (False, True)]
-        chosen = np.concatenate([part[: max(2, round(share * len(part)))] for part in rows])
-        if group[chosen].all() or not group.any():  # all samples in one cluster
-            return 0.0
-        return float(silhouette_score(values[chosen], group[chosen]))
+        scores, group, apart = clusters(features, label, self.components)
+        found = apart >= self.silhouette and float(group.double().mean()) <= self.largest and enough(group)
+        return Split(scores, group, apart, found)

@@ -16,6 +16,7 @@ from antibackdoor.defenses.base import Outcome
 from antibackdoor.errors import InputError
 from antibackdoor.options import options
 from antibackdoor.registry import Registry
+from antibackdoor.training.features import each_class
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy
@@ -74,11 +75,6 @@ class Ranking(Detector):
         float | None, Field(gt=0, le=1, description="share of all samples to flag; null: flag none, only rank them")
     ] = None
 
-    def refuse(self, model: nn.Module | None) -> None:
-        """InputError where a finished network was given to a detector that watches a training."""
-        if model is not None:
-            raise InputError("this detector watches a training of its own, so it cannot judge with a finished network.")
-
     @property
     def decides(self) -> bool:
         """Never: some sample always ranks first, also in a clean set."""
@@ -125,17 +121,12 @@ def split_classes(
 ) -> Outcome:
     """Cut every class by its features `(n, D)`; `split(features of a class, its number)` decides how.
 
-    A class of fewer than 4 samples, or whose features are all the same, has nothing to cut: its scores are 0.
+    The scores of a class that cannot be cut (see `each_class`) are 0.
     """
     y = data.y.cpu()
     scores, flagged = torch.zeros(len(y), dtype=torch.float64), torch.zeros(len(y), dtype=torch.bool)
     rows = []
-    for label in y.unique().tolist():
-        members = (y == label).nonzero().flatten()
-        own = features[members].double()
-        own = own - own.mean(0)
-        if len(members) < 4 or float(own.abs().max()) <= 1e-6 * (1 + float(features[members].abs().max())):
-            continue
+    for label, members, own in each_class(features, y):
         cut = split(own, label)
         scores[members] = cut.scores
         flagged[members] = cut.group & cut.found
@@ -185,17 +176,6 @@ def outcome_of(
         )
     reasons = dict.fromkeys(flagged.nonzero().flatten().tolist(), reason)
     return Outcome(model, scores, torch.zeros_like(scores), flagged, torch.full((len(scores),), -1), reasons, evidence)
-
-
-def check_finite(values: Tensor, data: Data) -> Tensor:
-    """Per-sample values `(n, ...)` as they are; InputError where one of a sample's is not finite."""
-    sums = values.double().flatten(1).sum(1)
-    if not sums.isfinite().all():
-        bad = int((~sums.isfinite()).nonzero()[0])
-        raise InputError(
-            f"the network gives sample {data.ids[bad]!r} values that are not finite; give one that has not diverged."
-        )
-    return values
 
 
 DETECTORS: Registry[type[Detector]] = Registry("detector")

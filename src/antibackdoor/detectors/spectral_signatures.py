@@ -9,37 +9,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.defenses.base import Outcome
-from antibackdoor.detectors.base import DETECTORS, Detector, Split, check_finite, enough, split_classes
+from antibackdoor.detectors.base import DETECTORS, Detector, Split, enough, split_classes
 from antibackdoor.options import options
-from antibackdoor.seeds import derive
+from antibackdoor.training.features import projections
 from antibackdoor.training.groups import halves
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import top
-from antibackdoor.training.scores import features_of
-
-DIRECTIONS, ROUNDS, LARGE = 6, 8, 1024
-"""Size and rounds of the subspace iteration, and from which size of the smaller Gram matrix on it is the cheaper."""
-
-
-def projections(features: Tensor, seed: int = 0) -> Tensor:
-    """`(m,)` float64: centered features `(m, D)` along their first right singular vector; the sign has no meaning.
-
-    Found from the smaller Gram matrix or, where both are large, by subspace iteration on a few random directions (Halko
-    et al. 2011); never by a full decomposition.
-    """
-    features = features.double()
-    m, dims = features.shape
-    if m < dims and m <= LARGE:
-        values, vectors = torch.linalg.eigh(features @ features.T)
-        along: Tensor = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
-        return along
-    if dims <= LARGE:
-        direction: Tensor = torch.linalg.eigh(features.T @ features).eigenvectors[:, -1]
-        return features.mv(direction)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _, _, v = torch.svd_lowrank(features, q=min(DIRECTIONS, m, dims), niter=ROUNDS)
-    return features.mv(v[:, 0])
+from antibackdoor.training.scores import check_finite, features_of
 
 
 @DETECTORS.register("spectral_signatures", paper="Tran et al. 2018, Spectral Signatures in Backdoor Attacks")
@@ -75,7 +51,7 @@ class SpectralSignatures(Detector):
 
     def split(self, features: Tensor, label: int) -> Split:
         """One class: centered features `(m, D)`."""
-        along = projections(features, derive(0, "spectral signatures", label))
+        along = projections(features, label)
         group, apart = halves(along)
         scores, found = along**2, apart >= self.separation and enough(group)
         if self.rate is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -16,7 +15,7 @@ from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.data.folders import folder_names, write_class_folders
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import HARMFUL, csv_cell
+from antibackdoor.files import HARMFUL, at_once, csv_cell
 from antibackdoor.review.decisions import Undecided
 from antibackdoor.review.session import Session
 
@@ -35,14 +34,9 @@ def export(session: Session, out: Path, form: Form, undecided: Undecided = "drop
     """
     if form not in FORMS:
         raise unknown("format", form, FORMS)
-    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; choose another folder.")
     stays, labels = session.decisions.cleaned(session.flagged, session.suggested, undecided)
     cleaned = session.cleaned(undecided)
-    part = out.parent / f".{out.name}.{os.getpid()}.part"
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with at_once(out, replace=replace) as part:
         if form == "npz":
             write_npz(part / "data.npz", cleaned)
         elif form == "csv":
@@ -50,13 +44,6 @@ def export(session: Session, out: Path, form: Form, undecided: Undecided = "drop
         else:
             _write_folder(part / "data", cleaned, _files(session))
         _write_lists(part, session, stays, labels)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}; choose another folder.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     changed = int((labels != session.data.y.cpu().numpy())[stays].sum())
     return (
         f"{int(stays.sum()):,} of {len(stays):,} samples kept, {int((~stays).sum()):,} dropped, {changed:,} relabeled"

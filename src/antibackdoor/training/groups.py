@@ -24,7 +24,8 @@ def shared(
     result = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        count = min(neighbors + 1, len(rows))  # a sample is its own nearest
+        # A sample is its own nearest; asking more than a tenth of a small class would drown a group in the rest.
+        count = min(neighbors, max(1, len(rows) // 10), len(rows) - 1) + 1
         asked = rows
         if len(rows) > most:
             asked = rows[torch.randperm(len(rows), generator=generator(seed, "neighbors", label))[:most]]
@@ -35,26 +36,38 @@ def shared(
     return result
 
 
-def weighed(opinions: Tensor, labels: Tensor) -> Tensor:
-    """`(n, m)` opinions as one, class by class: standardized, each weighed by how clearly it divides the class.
+def weighed(opinions: Tensor, compass: Tensor, labels: Tensor) -> Tensor:
+    """Two opinions `(n,)` as one, class by class: standardized, each weighed by how clearly it divides the class.
 
-    Which witness knows something differs from class to class, and one that knows nothing sees no two groups: the weight
-    is the distance of the `halves`, once in their own spread (Ashman's D) and once as it is.
+    Which of them knows something differs from class to class, and one that knows nothing sees no two groups: the weight
+    is the distance of the `halves`, once in their own spread (Ashman's D) and once as it is. A group may also stand out
+    at the wrong end of `opinions`; where the `compass` divides the class firmly, it says which end is meant.
     """
     result = torch.zeros(len(labels), dtype=torch.float64)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        if len(rows) > 1:
-            columns = opinions[rows].double().unbind(1)
-            weights = [_clarity(column) for column in columns]
-            result[rows] = torch.stack(
-                [w * (c - c.mean()) / c.std().clamp_min(1e-9) for w, c in zip(weights, columns, strict=True)]
-            ).sum(0) / max(sum(weights), 1e-9)
+        first, second = opinions[rows].double(), compass[rows].double()
+        weights = clarity(first), clarity(second)
+        first, second = _standardized(first), _standardized(second)
+        if weights[1] >= FIRM and float((first * second).sum()) < 0:
+            first = -first
+        result[rows] = (weights[0] * first + weights[1] * second) / max(sum(weights), 1e-9)
     return result
 
 
-def _clarity(values: Tensor) -> float:
-    group, apart = halves(values)
+FIRM = 1.5
+"""Clarity, see `weighed`, at which a division is no chance: a normal distribution of confidences stays under it."""
+
+
+def _standardized(values: Tensor) -> Tensor:
+    return (values - values.mean()) / values.std(correction=0).clamp_min(1e-9)
+
+
+def clarity(values: Tensor) -> float:
+    """How clearly `(m,)` values fall into two groups: Ashman's D of their `halves` times the distance as it is."""
+    if len(values) < 2:
+        return 0.0
+    group, apart = halves(values.double())
     return apart * float(values[group].mean() - values[~group].mean()) if group.any() and not group.all() else 0.0
 
 

@@ -99,6 +99,17 @@ def features_of(
     return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 
+def check_finite(values: Tensor, data: Data) -> Tensor:
+    """Per-sample values `(n, ...)` as they are; InputError where one of a sample's is not finite."""
+    sums = values.double().flatten(1).sum(1)
+    if not sums.isfinite().all():
+        bad = int((~sums.isfinite()).nonzero()[0])
+        raise InputError(
+            f"the network gives sample {data.ids[bad]!r} values that are not finite; give one that has not diverged."
+        )
+    return values
+
+
 @torch.no_grad()
 def mixed_logits_of(
     model: nn.Module,
