@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -48,12 +48,25 @@ def logits_of(
     was_training = model.training
     model.eval()
     with fabric.autocast():
-        parts = [
-            call(model, batch).float().cpu()
-            for batch in in_order(data, size or pass_size(data, fabric), fabric.device, rows)
-        ]
+        batches = in_order(data, size or pass_size(data, fabric), fabric.device, rows)
+        logits = _collected((call(model, batch) for batch in batches), len(data) if rows is None else len(rows))
     model.train(was_training)
-    return torch.cat(parts) if parts else torch.zeros(0, len(data.spec.classes))
+    return torch.zeros(0, len(data.spec.classes)) if logits is None else logits
+
+
+def _collected(parts: Iterator[Tensor], n: int) -> Tensor | None:
+    """All n rows as float32 on the CPU, each part copied where it belongs as soon as it is there; None for no rows.
+
+    A list of small parts would split the memory that large batches leave behind, so that it grows with every batch.
+    """
+    whole: Tensor | None = None
+    start = 0
+    for part in parts:
+        if whole is None:
+            whole = torch.empty(n, *part.shape[1:])
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
 
 
 @torch.no_grad()
@@ -89,14 +102,12 @@ def features_of(
     hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
         with undisturbed(model), fabric.autocast():
-            parts = [
-                features(batch).float().cpu()
-                for batch in in_order(data, size or pass_size(data, fabric), fabric.device, rows)
-            ]
+            batches = in_order(data, size or pass_size(data, fabric), fabric.device, rows)
+            found = _collected((features(batch) for batch in batches), len(data) if rows is None else len(rows))
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.cat(parts) if parts else torch.zeros(0, 0)
+    return torch.zeros(0, 0) if found is None else found
 
 
 def check_finite(values: Tensor, data: Data) -> Tensor:
