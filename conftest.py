@@ -44,13 +44,15 @@ def begin(namespace: dict[str, Any]) -> None:
     from antibackdoor.attacks.base import ATTACKS
     from antibackdoor.bench import engines
     from antibackdoor.defenses.base import DEFENSES
-    from antibackdoor.training.loop import Recipe
+    from antibackdoor.training.loop import Recipe, Steps
     from toy_files import write_images
 
     patch = namespace["_patch"] = pytest.MonkeyPatch()
     folder = namespace["_folder"] = Path(tempfile.mkdtemp())
     patch.chdir(folder)
-    patch.setattr(Recipe, "epochs_for", lambda self, n: 1)
+    for recipe in (Recipe, Steps):
+        patch.setattr(recipe, "epochs_for", lambda self, n: 1)
+        patch.setattr(recipe, "passes_for", lambda self, n: 1)
     patch.setattr(engines, "Local", lambda *_, **__: engines.Here())  # other processes would not know of one epoch
     patch.setattr(models, "AUTO", {"image": "resnet18-w4", "series": "resnet18-w4"})
     for registry in (ATTACKS, DEFENSES, models.MODELS):

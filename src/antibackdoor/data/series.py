@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -81,7 +82,9 @@ def read_file(path: Path) -> tuple[Cases, list[str]]:
     except InputError:
         raise
     except Exception as error:  # the parsers raise whatever the damaged line leads to
-        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
+        said = str(error).strip().partition("\n")[0]
+        said = re.sub(r"^Error loading <.*?>\.? *", "", said)  # names the file, which the sentence does already
+        reason = said[:200].rstrip(".") or type(error).__name__
         raise InputError(f"cannot read {path} as a {kind} file: {reason}.") from None
     if meta["timestamps"]:
         # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses minus signs and whole numbers.
