@@ -17,6 +17,7 @@ from rich.table import Table
 
 from antibackdoor.data.catalog import CATALOG
 from antibackdoor.data.core import Spec
+from antibackdoor.limits import memory
 from antibackdoor.models import create
 from antibackdoor.training.job import make_fabric
 
@@ -61,11 +62,11 @@ def print_examination(console: Console, found: dict[str, Any]) -> None:
 def _devices() -> dict[str, Any]:
     """What can be trained on, and how fast a small network goes on what `--device auto` takes."""
     fabric = make_fabric()
-    memory = _memory()
+    there = memory()
     told: dict[str, Any] = {
         "auto takes": f"{fabric.device.type}, precision {fabric._precision.precision}",
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "memory": None if memory is None else f"{memory / 2**30:.1f} GiB",
+        "memory": None if there is None else f"{there / 2**30:.1f} GiB",
         "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
     }
     if torch.version.cuda and not torch.cuda.is_available():
@@ -92,13 +93,6 @@ def _step_seconds(fabric: Any) -> float:
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - begun)
     return min(seconds)
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return None
 
 
 def _extras() -> dict[str, str]:
