@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.training.groups import halves, shared, weighed
+from antibackdoor.training.groups import clarity, halves, shared, weighed
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -90,3 +90,9 @@ def test_halves_tell_groups_from_one_distribution() -> None:
     assert group.tolist() == [False, False, True, False] and apart > 50
     assert halves(normal(20000, 8))[1] == pytest.approx(2.65, abs=0.05)
     assert halves(torch.linspace(0, 1, 1001).double())[1] == pytest.approx(math.sqrt(12), abs=0.01)
+
+
+def test_clarity_of_one_distribution_and_of_two_groups() -> None:
+    assert clarity(normal(20000, 10)) == pytest.approx(4.24, abs=0.1)  # of standard deviation 1, wherever it lies
+    assert clarity(0.1 * normal(20000, 10) + 0.5) == pytest.approx(0.424, abs=0.01)
+    assert clarity(torch.cat([normal(50, 11), normal(50, 12) + 20]) / 20) > 10
