@@ -208,11 +208,11 @@ def test_a_traced_cell_is_trained_like_one_that_is_not() -> None:
     assert names <= set(last) and not names & set(plain["history"][-1])
 
 
-Outcome = Literal["done", "lost"]
+Outcome = Literal["done", "lost", "epoch"]
 
 
 class Scripted:
-    """An engine that does what it is told instead of training: "done" or "lost", in turn for each call."""
+    """An engine that does what it is told instead of training: these outcomes, in turn for each call, then "done"."""
 
     parallel = True
 
@@ -232,7 +232,10 @@ class Scripted:
         time.sleep(self.seconds)
         task = self.running.pop(0)
         outcomes = self.outcomes.get(task.name)
-        return [Event(task.name, outcomes.pop(0) if outcomes else "done", {**past(task.cell, 1.0), "error": "x"})]
+        outcome = outcomes.pop(0) if outcomes else "done"
+        if outcome == "epoch":
+            self.running.append(task)
+        return [Event(task.name, outcome, {**past(task.cell, 1.0), "error": "x", "epoch": 1})]
 
     def __enter__(self) -> Self:
         return self
@@ -253,6 +256,20 @@ def test_what_is_lost_is_given_out_again_but_not_for_ever(tmp_path: Path) -> Non
     assert sorted(engine.submitted) == sorted([names[0]] * 2 + [names[1]] * LOST + [names[2]])
     assert set(read_ledger(tmp_path)) == {names[0], names[2]}
     assert Ledger(tmp_path).error(names[1]) == "x" and Ledger(tmp_path).error(names[0]) is None
+
+
+def test_a_cell_that_gets_on_may_be_lost_often(tmp_path: Path) -> None:
+    (cell,) = seeds(1)
+    engine = Scripted({cell.name(): ["lost", "lost", "epoch", "lost", "lost", "epoch", "lost"]})
+    assert run_cells([cell], Ledger(tmp_path), engine, stages=tmp_path / ".stages") == []
+    assert set(read_ledger(tmp_path)) == {cell.name()}
+
+
+def test_a_record_is_never_written_over(tmp_path: Path) -> None:
+    Ledger(tmp_path).write("a", {"measures": 1})
+    with pytest.raises(FileExistsError, match="already"):
+        Ledger(tmp_path).write("a", {"measures": 2})
+    assert read_ledger(tmp_path) == {"a": {"measures": 1}}
 
 
 def test_two_drivers_share_a_ledger_without_doubles(tmp_path: Path) -> None:

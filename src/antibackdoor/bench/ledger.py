@@ -27,7 +27,12 @@ class Ledger:
         return name in self._found or (self.folder / f"{name}.json").exists()
 
     def write(self, name: str, record: Record) -> None:
-        """Put a finished cell in place, in one step; its earlier error is forgotten."""
+        """Put a finished cell in place, in one step; its earlier error is forgotten. Nothing is written over a record.
+
+        Raises FileExistsError where the cell is done already.
+        """
+        if name in self:
+            raise FileExistsError(f"{name} is in the ledger {self.folder} already")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.json"
         write_text(path, compact(record))

@@ -17,7 +17,7 @@ from antibackdoor.bench.plan import Estimates
 from antibackdoor.files import sweep
 
 LOST = 3
-"""A cell whose worker or node went away is given out again, this many times in all."""
+"""A cell whose worker or node went away is given out again, this many times without an epoch between them."""
 POLL_SECONDS = 0.5
 
 
@@ -111,6 +111,8 @@ class _Run:
     def hear(self, event: Event) -> list[Task]:
         """Deal with an event; returns the task where it has to be given out again."""
         if event.kind == "epoch":
+            if event.content["epoch"]:  # it gets on, however often its worker goes away
+                self.lost[event.name] = 0
             self.watcher.epoch(event.name, event.content)
             return []
         task, claim = self.claims.pop(event.name)
