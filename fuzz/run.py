@@ -1,4 +1,4 @@
-"""Fuzz the readers: `python fuzz/run.py --seconds 60 --out numbers.json [TARGET ...]`.
+"""Fuzz the readers: `python fuzz/run.py --seconds 60 --out FILE.json [TARGET ...]`.
 
 Each target runs in a process of its own, in turns. The parent starts it again where it dies, keeps the input that it
 died of, and counts. Guided by coverage where `atheris` is installed, else by blind mutation of the corpus. In both
@@ -99,7 +99,7 @@ class Counted:
         now = int(re.findall(r"VmData:\s+(\d+)", status)[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (now + BYTES, resource.RLIM_INFINITY))
         self.start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        signal.signal(signal.SIGALRM, self._late)
+        signal.signal(signal.SIGPROF, self._late)
 
     def _late(self, *_: object) -> None:
         raise Hang
@@ -110,7 +110,7 @@ class Counted:
 
         (self.folder / "current").write_bytes(content)
         begun = time.process_time()
-        signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)  # others may share the machine
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing: others may share the machine
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -126,7 +126,7 @@ class Counted:
                 f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}: {error!s:.80}", content
             )
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         spent = time.process_time() - begun
         if spent > self.slowest:
             self.slowest = spent
@@ -169,7 +169,7 @@ def child(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> N
         for number, content in enumerate(seeds):
             (kept / f"seed-{number}").write_bytes(content)
         arguments = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-seed={seed}", "-rss_limit_mb=0"]
-        atheris.Setup([target, *arguments, "-timeout=60", "-verbosity=0", str(kept)], counted)
+        atheris.Setup([target, *arguments, "-timeout=600", "-verbosity=0", str(kept)], counted)
         atheris.Fuzz()  # does not come back
     rng, end = random.Random(seed), time.monotonic() + seconds
     for content in seeds:
