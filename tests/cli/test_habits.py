@@ -74,6 +74,17 @@ def test_a_file_of_settings_and_what_is_typed_over_it(run: Run, images: Path, tm
     assert (recipe["learning_rate"], recipe["min_steps"]) == (0.02, 0)
 
 
+def test_a_file_spells_options_as_the_command_line_does(run: Run, images: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "poison.toml", tmp_path / "poisoned"
+    file.write_text('attack = "badnets"\nformat = "folder"\nrate = 0.1\n[set]\nsize = 2\n')
+    run("poison", images, "--config", file, "--out", out, "--quiet")
+    assert (out / "data" / "train").is_dir(), "`format`, not the name that it has in Python"
+    assert json.loads((out / "attack.json").read_text())["options"]["size"] == 2
+    file.write_text("json = true\nepochs = 1\n")
+    told = run("train", images, "--config", file, "--out", tmp_path / "run", *TINY, *UNDEFENDED).stdout
+    assert json.loads(told)["samples"] == 60
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
