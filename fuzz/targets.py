@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 SCRATCH = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 LABELS = np.array([0, 1])
-OPTIONS = ("data", "out", "epochs", "seed", "image_size", "defense")
+OPTIONS = {name.replace("_", "-"): name for name in ("data", "out", "epochs", "seed", "image_size", "defense")}
 
 
 def file(name: str, content: bytes) -> Path:
