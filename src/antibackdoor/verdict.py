@@ -70,21 +70,43 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
     findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
     if not any(found["n"] for found in findings.values()):
         return Verdict(False, 0.0, evidence=["The model was never asked about the samples it was not shown."])
-    gaps = {name: lower(found["count"], found["n"]) - evidence["acquittal"] for name, found in findings.items()}
+    margins = {name: _margin(found, evidence) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
-    shown = targets or [max(gaps, key=lambda name: gaps[name])]
-    sentences = [
-        f"Of {findings[name]['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
-        f"samples only takes {findings[name]['count']} for other classes, with confidence. Half of these were learned "
-        f"earlier than {findings[name]['early']:.0%} of all samples; clean ones that look like another class come late."
-        + (" Models that never saw this label see two groups in it." if findings[name]["divided"] else "")
-        for name in shown
-    ]
+    shown = targets or [max(margins, key=lambda name: margins[name])]
+    sentences = [_told(name, findings[name]) for name in shown]
+    sure = _sure(abs(max(margins[name] for name in shown)))
     if not targets:
-        return Verdict(False, _sure(-gaps[shown[0]]), [], 0.0, sentences)
-    return Verdict(
-        True, _sure(max(gaps[name] for name in targets)), targets, evidence["flagged"] / len(data), sentences
+        return Verdict(False, sure, [], 0.0, sentences)
+    return Verdict(True, sure, targets, evidence["flagged"] / len(data), sentences)
+
+
+def _margin(found: dict[str, Any], limits: dict[str, Any]) -> float:
+    """By how much a class is beyond the nearest limit that must be passed to find it attacked; below zero: within."""
+    many = lower(found["count"], found["n"]) - limits["acquittal"]
+    like_poison = 1.0 if found["divided"] else min(found["early"] - 0.5, limits["alike"] - found["alike"])
+    return max(min(many, like_poison), lower(found["bound"], found["n"]) if found["bound"] else -1.0)
+
+
+def _told(name: str, found: dict[str, Any]) -> str:
+    """What was found about one class."""
+    told = (
+        f"Of {found['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted samples "
+        f"only takes {found['count']} for other classes, with confidence."
     )
+    if found["count"]:
+        told += (
+            f" Half of these were learned earlier than {found['early']:.0%} of all samples; clean ones that look like "
+            f"another class come late. The classes they are taken for differ by {found['alike']:.0%} from all others; "
+            "clean ones of a rare kind are taken for one class only, poison comes from everywhere."
+        )
+    if found["divided"]:
+        told += " Models that never saw this label see two groups in it."
+    if found["bound"]:
+        told += (
+            f" {found['bound']} of them are still taken for {name!r} when they are averaged with samples of other "
+            "classes, unlike the rest: a mark that survives this, not what they show, ties them to the label."
+        )
+    return told
 
 
 MANY = 0.4

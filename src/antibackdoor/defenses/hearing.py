@@ -33,13 +33,22 @@ class Hearing(Objective):
     """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted.
 
     suspicion: `(n,)` in [0, 1], percentile within the samples of the same given label. ease: `(n,)`, how early the
-    shallow witness learned each label. divided: for each class, whether the outsiders see two groups in it.
+    shallow witness learned each label. divided: for each class, whether the outsiders see two groups in it. bound:
+    `(n,)`, the samples that mixtures set apart from others of their class.
     """
 
     def __init__(
-        self, options: Jury, job: Job, model: nn.Module, suspicion: Tensor, ease: Tensor, divided: Sequence[bool]
+        self,
+        options: Jury,
+        job: Job,
+        model: nn.Module,
+        suspicion: Tensor,
+        ease: Tensor,
+        divided: Sequence[bool],
+        bound: Tensor,
     ):
-        self.divided = divided
+        self.divided, self.bound = divided, bound
+        suspicion = torch.where(bound, 1.0, suspicion)
         self.options, self.job, self.suspicion = options, job, suspicion
         self.given = job.data.y.cpu()
         self.early = within(ease, torch.zeros_like(self.given))
@@ -52,7 +61,8 @@ class Hearing(Objective):
         self.first = options.hearing * job.recipe(options.main).epochs_for(len(self.given))
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
         self.findings: list[dict[str, Any]] = [
-            {"count": 0, "n": 0, "early": 0.0, "divided": apart, "attacked": False} for apart in divided
+            {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, "divided": False, "bound": 0, "attacked": False}
+            for _ in self.classes
         ]
         self.partitions: list[Partition] = []
         self._assign(0, torch.where(self.trusted, self.given, OUT))
@@ -95,10 +105,9 @@ class Hearing(Objective):
         confidence, answers = self._answers(rows)
         given = self.given[rows]
         against = (answers != given) & (confidence >= self.options.confidence)
-        of_class = [given == label for label in self.classes]
         findings = [
-            self._finding(rows[mask], rows[mask & against], apart)
-            for mask, apart in zip(of_class, self.divided, strict=True)
+            self._finding(label, rows[given == label], answers[given == label], against[given == label])
+            for label in self.classes
         ]
         # What was found once stays: later the model would only repeat what it was taught since.
         self.findings = [old if old["attacked"] else new for old, new in zip(self.findings, findings, strict=True)]
@@ -109,12 +118,27 @@ class Hearing(Objective):
         labels[rows] = torch.where(attacked, judged, given)
         self._assign(epoch, labels)
 
-    def _finding(self, heard: Tensor, against: Tensor, apart: bool) -> dict[str, Any]:
-        """About one class; clean samples that look like another class are learned late, poison is not."""
-        early = float(self.early[against].median()) if len(against) else 0.0
-        many = lower(len(against), len(heard)) > self.options.acquittal
-        attacked = many and (early > 0.5 or apart)
-        return {"count": len(against), "n": len(heard), "early": early, "divided": apart, "attacked": attacked}
+    def _finding(self, label: int, heard: Tensor, answers: Tensor, against: Tensor) -> dict[str, Any]:
+        """About one class: how many of those heard are confidently taken for others, and whether that is like poison.
+
+        A clean sample that looks like another class is learned late, unless it is of a kind that none of the trusted
+        are; then all its kind look like the same class, while poison was gathered from all.
+        """
+        confident = heard[against]
+        early = float(self.early[confident].median()) if len(confident) else 0.0
+        alike = self._alike(label, answers[answers != label])
+        many = lower(len(confident), len(heard)) > self.options.acquittal
+        bound = int(self.bound[heard].sum())
+        attacked = bound > 0 or (many and (self.divided[label] or (early > 0.5 and alike < self.options.alike)))
+        found = {"count": len(confident), "n": len(heard), "early": early, "alike": alike}
+        return {**found, "divided": self.divided[label], "bound": bound, "attacked": attacked}
+
+    def _alike(self, label: int, answers: Tensor) -> float:
+        """Total variation distance between the classes in `answers`, none of them `label`, and all samples of these."""
+        others = torch.bincount(self.given[self.given != label], minlength=len(self.classes)).double()
+        taken = torch.bincount(answers, minlength=len(self.classes)).double()
+        distance = taken / taken.sum().clamp_min(1) - others / others.sum().clamp_min(1)
+        return float(distance.clamp_min(0).sum())
 
     @property
     def acquitted(self) -> bool:
@@ -144,28 +168,35 @@ class Hearing(Objective):
             value.copy_(state["average"]["values"][name])
 
     def outcome(self, model: nn.Module) -> Outcome:
-        """The averaged model; suspects are samples of attacked classes that it takes for another class.
+        """The averaged model; suspects are samples of attacked classes that it takes for another, or that are bound.
 
-        scores: its doubt of the given label, ties (clean-label poison, say) broken by suspicion.
+        scores: its doubt of the given label, which of bound samples is certain; ties are broken by suspicion.
         """
         model.load_state_dict(self.average.values)
         logits = logits_of(model, self.job.data, self.job.fabric).double()
         probabilities, names = logits.softmax(1), self.job.data.spec.classes
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
+        doubt[self.bound] = 1.0
         answers = probabilities.argmax(1)
-        attacked = self._attacked()
-        flagged = attacked[self.given] & ~self.trusted & (answers != self.given)
+        other = self._attacked()[self.given] & ~self.trusted & (answers != self.given)
+        flagged = other | self.bound
         reasons = {
-            row: f"labeled {names[self.given[row]]!r}, but a model that learned from trusted samples sees another class"
+            row: f"labeled {names[self.given[row]]!r}, "
+            + (
+                "but a model that learned from trusted samples sees another class"
+                if other[row]
+                else "and known by something that survives averaging with samples of other classes"
+            )
             for row in flagged.nonzero().flatten().tolist()
         }
-        evidence = {"by_class": self.findings, "acquittal": self.options.acquittal, "flagged": int(flagged.sum())}
+        limits = {"acquittal": self.options.acquittal, "alike": self.options.alike}
+        evidence = {"by_class": self.findings, **limits, "flagged": int(flagged.sum())}
         return Outcome(
             model,
             doubt + 0.01 * self.suspicion,
             doubt.clamp(0, 1),
             flagged,
-            torch.where(flagged, answers, -1),
+            torch.where(other, answers, -1),
             reasons,
             evidence,
             self.partitions,
