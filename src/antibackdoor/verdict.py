@@ -66,47 +66,49 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
 
 
 def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
-    """Attacked classes: a model that learned from trusted samples takes many others of them for other classes."""
+    """What witnesses and a model that learned from trusted samples found about each class."""
     findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
-    if not any(found["n"] for found in findings.values()):
-        return Verdict(False, 0.0, evidence=["The model was never asked about the samples it was not shown."])
-    margins = {name: _margin(found, evidence) for name, found in findings.items()}
+    margins = {name: _margin(found, evidence["limits"]) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
     shown = targets or [max(margins, key=lambda name: margins[name])]
-    sentences = [_told(name, findings[name]) for name in shown]
+    sentences = [_told(name, findings[name], evidence["limits"]) for name in shown]
     sure = _sure(abs(max(margins[name] for name in shown)))
     if not targets:
         return Verdict(False, sure, [], 0.0, sentences)
     return Verdict(True, sure, targets, evidence["flagged"] / len(data), sentences)
 
 
-def _margin(found: dict[str, Any], limits: dict[str, Any]) -> float:
+def _margin(found: dict[str, Any], limits: dict[str, float]) -> float:
     """By how much a class is beyond the nearest limit that must be passed to find it attacked; below zero: within."""
     many = lower(found["count"], found["n"]) - limits["acquittal"]
-    like_poison = 1.0 if found["divided"] else min(found["early"] - 0.5, limits["alike"] - found["alike"])
-    return max(min(many, like_poison), lower(found["bound"], found["n"]) if found["bound"] else -1.0)
+    divided = found["division"] - limits["division"]
+    like_poison = max(divided, min(found["early"] - 0.5, limits["alike"] - found["alike"]))
+    return max(found["bond"] - limits["bond"], min(many, like_poison) if found["n"] else divided)
 
 
-def _told(name: str, found: dict[str, Any]) -> str:
+def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> str:
     """What was found about one class."""
-    told = (
-        f"Of {found['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted samples "
-        f"only takes {found['count']} for other classes, with confidence."
-    )
+    told = []
+    if found["bound"]:
+        told.append(
+            f"{found['bound']} samples labeled {name!r} are still taken for that when they are averaged with samples "
+            "of other classes, unlike the rest of their class: a mark that survives this ties them to the label, not "
+            "what they show."
+        )
+    if found["n"]:
+        told.append(
+            f"Of {found['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
+            f"samples takes {found['count']} for other classes, with confidence."
+        )
     if found["count"]:
-        told += (
-            f" Half of these were learned earlier than {found['early']:.0%} of all samples; clean ones that look like "
-            f"another class come late. The classes they are taken for differ by {found['alike']:.0%} from all others; "
+        told.append(
+            f"Half of these were learned earlier than {found['early']:.0%} of all samples; clean ones that look like "
+            f"another class come late. What they are taken for differs by {found['alike']:.0%} from all other classes; "
             "clean ones of a rare kind are taken for one class only, poison comes from everywhere."
         )
-    if found["divided"]:
-        told += " Models that never saw this label see two groups in it."
-    if found["bound"]:
-        told += (
-            f" {found['bound']} of them are still taken for {name!r} when they are averaged with samples of other "
-            "classes, unlike the rest: a mark that survives this, not what they show, ties them to the label."
-        )
-    return told
+    if found["division"] >= limits["division"]:
+        told.append(f"Models that never saw the label {name!r} see two groups in it.")
+    return " ".join(told) or "No class falls into two groups, neither in mixtures nor for models that never saw it."
 
 
 MANY = 0.4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from tests.toy import toy_images
 from torch import Tensor
 
 from antibackdoor.data.batches import gather
-from antibackdoor.defenses.hearing import OUT, Hearing
+from antibackdoor.defenses.hearing import OUT, Hearing, Deposition
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.intervals import lower, upper
+from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import geometric, within
 from antibackdoor.verdict import decide
@@ -48,19 +50,24 @@ def test_wilson_against_values_worked_by_hand() -> None:
     assert (lower(0, 10), upper(0, 10)) == (pytest.approx(0, abs=1e-12), pytest.approx(0.21195, abs=1e-5))
 
 
+def deposed(suspicion: Tensor, ease: Tensor, bound: Tensor, divisions: Sequence[float]) -> Deposition:
+    """A deposition; nobody asks the witness itself."""
+    return Deposition(cast(Tap, None), suspicion, ease, bound, [0.0] * 4, divisions)
+
+
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
-    def __init__(self, bound: Sequence[int] = (), **options: float):
+    def __init__(self, bound: Sequence[int] = (), divisions: Sequence[float] = (0.0,) * 4, **options: float):
         self.data = toy_images(40)
         self.given = self.data.y
         self.place = torch.stack([(self.given[:i] == self.given[i]).sum() for i in range(40)])
         self.options = Jury(trusted=0.5, excluded=0.2, **options)
         self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
         self.ease, self.bound = self.place.double(), torch.isin(torch.arange(40), torch.tensor(bound))
-        self.hearing = Hearing(
-            self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease, [False] * 4, self.bound
-        )
+        suspicion = torch.where(self.bound, 1.0, (self.place + 0.5) / 10)
+        deposition = deposed(suspicion, self.ease, self.bound, divisions)
+        self.hearing = Hearing(self.options, self.job, self.job.model(), deposition)
 
     def elsewhere(self, mask: Tensor) -> Tensor:
         """The given labels, but for those in the mask other classes in turn."""
@@ -149,8 +156,8 @@ def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
 
 
 def test_samples_learned_late_accuse_where_the_outsiders_see_two_groups() -> None:
-    court = Court()
-    court.hearing.early, court.hearing.divided = 1 - court.hearing.early, [False, True, False, False]
+    court = Court(divisions=[0.0, 3.5, 0.0, 0.0])
+    court.hearing.early = 1 - court.hearing.early
     court.hear(torch.where((court.given < 2) & (court.place >= 5), 2, court.given))
     assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
 
@@ -180,7 +187,7 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:
     court = Court()
     verdict = decide(court.data, court.hearing.outcome(court.job.model()))
-    assert not verdict.poisoned and verdict.confidence == 0
+    assert not verdict.poisoned and verdict.evidence[0].startswith("No class falls into two groups")
 
 
 def test_one_sample_of_a_class_is_trusted() -> None:
@@ -188,6 +195,7 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     data.y[data.y == 3] = 0
     data.y[0] = 3
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
-    suspicion, nobody = within(torch.rand(40), data.y), torch.zeros(40, dtype=torch.bool)
-    hearing = Hearing(Jury(), job, job.model(), suspicion, torch.rand(40), [False] * 4, nobody)
+    nobody = torch.zeros(40, dtype=torch.bool)
+    deposition = deposed(within(torch.rand(40), data.y), torch.rand(40), nobody, [0.0] * 4)
+    hearing = Hearing(Jury(), job, job.model(), deposition)
     assert hearing.trusted[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from antibackdoor.data.batches import Batch, gather
 from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
+from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Augment, Objective, Step, forward
 from antibackdoor.training.ranking import within
@@ -29,29 +30,42 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 
-class Hearing(Objective):
-    """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted.
+@dataclass(frozen=True)
+class Deposition:
+    """What the shallow witnesses of `jury` said.
 
-    suspicion: `(n,)` in [0, 1], percentile within the samples of the same given label. ease: `(n,)`, how early the
-    shallow witness learned each label. divided: for each class, whether the outsiders see two groups in it. bound:
-    `(n,)`, the samples that mixtures set apart from others of their class.
+    tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
+    label, 1 for bound ones. ease: `(n,)`, how early each label was learned. bound: `(n,)` bool, samples that mixtures
+    set apart from others of their class. bonds, divisions: of each class, how clearly mixtures and outsiders divide it.
     """
 
-    def __init__(
-        self,
-        options: Jury,
-        job: Job,
-        model: nn.Module,
-        suspicion: Tensor,
-        ease: Tensor,
-        divided: Sequence[bool],
-        bound: Tensor,
-    ):
-        self.divided, self.bound = divided, bound
-        suspicion = torch.where(bound, 1.0, suspicion)
-        self.options, self.job, self.suspicion = options, job, suspicion
+    tap: Tap
+    suspicion: Tensor
+    ease: Tensor
+    bound: Tensor
+    bonds: Sequence[float]
+    divisions: Sequence[float]
+
+    def finding(self, label: int, given: Tensor) -> dict[str, Any]:
+        """About one class, before any hearing: what `verdict` reads."""
+        bound = int(self.bound[given == label].sum())
+        told = {"bond": self.bonds[label], "bound": bound, "division": self.divisions[label]}
+        return {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, **told, "attacked": bound > 0}
+
+    def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
+        """For the verdict: what was found about each class, and the limits beyond which it counts."""
+        names = ("acquittal", "alike", "bond", "division")
+        return {"by_class": list(findings), "limits": {name: getattr(options, name) for name in names}}
+
+
+class Hearing(Objective):
+    """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted."""
+
+    def __init__(self, options: Jury, job: Job, model: nn.Module, deposition: Deposition):
+        self.options, self.job, self.deposition = options, job, deposition
+        suspicion = deposition.suspicion
         self.given = job.data.y.cpu()
-        self.early = within(ease, torch.zeros_like(self.given))
+        self.early = within(deposition.ease, torch.zeros_like(self.given))
         self.trusted = suspicion <= options.trusted
         for label in self.given.unique().tolist():  # of a class of one or two samples, the least suspicious one
             rows = (self.given == label).nonzero().flatten()
@@ -60,10 +74,7 @@ class Hearing(Objective):
         self.excluded = suspicion > 1 - options.excluded
         self.first = options.hearing * job.recipe(options.main).epochs_for(len(self.given))
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
-        self.findings: list[dict[str, Any]] = [
-            {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, "divided": False, "bound": 0, "attacked": False}
-            for _ in self.classes
-        ]
+        self.findings = [deposition.finding(label, self.given) for label in self.classes]
         self.partitions: list[Partition] = []
         self._assign(0, torch.where(self.trusted, self.given, OUT))
 
@@ -110,7 +121,8 @@ class Hearing(Objective):
             for label in self.classes
         ]
         # What was found once stays: later the model would only repeat what it was taught since.
-        self.findings = [old if old["attacked"] else new for old, new in zip(self.findings, findings, strict=True)]
+        known = zip(self.findings, findings, strict=True)
+        self.findings = [old if old["attacked"] and old["n"] else new for old, new in known]
         attacked = self._attacked()[given]
         restored = (answers == given) & ~self.excluded[rows]
         judged = torch.where(against, answers, torch.where(restored, given, OUT))
@@ -128,10 +140,11 @@ class Hearing(Objective):
         early = float(self.early[confident].median()) if len(confident) else 0.0
         alike = self._alike(label, answers[answers != label])
         many = lower(len(confident), len(heard)) > self.options.acquittal
-        bound = int(self.bound[heard].sum())
-        attacked = bound > 0 or (many and (self.divided[label] or (early > 0.5 and alike < self.options.alike)))
-        found = {"count": len(confident), "n": len(heard), "early": early, "alike": alike}
-        return {**found, "divided": self.divided[label], "bound": bound, "attacked": attacked}
+        found = self.deposition.finding(label, self.given)
+        divided = found["division"] >= self.options.division
+        like_poison = divided or (early > 0.5 and alike < self.options.alike)
+        counted = {"count": len(confident), "n": len(heard), "early": early, "alike": alike}
+        return {**found, **counted, "attacked": found["attacked"] or (many and like_poison)}
 
     def _alike(self, label: int, answers: Tensor) -> float:
         """Total variation distance between the classes in `answers`, none of them `label`, and all samples of these."""
@@ -176,10 +189,10 @@ class Hearing(Objective):
         logits = logits_of(model, self.job.data, self.job.fabric).double()
         probabilities, names = logits.softmax(1), self.job.data.spec.classes
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
-        doubt[self.bound] = 1.0
+        doubt[self.deposition.bound] = 1.0
         answers = probabilities.argmax(1)
         other = self._attacked()[self.given] & ~self.trusted & (answers != self.given)
-        flagged = other | self.bound
+        flagged = other | self.deposition.bound
         reasons = {
             row: f"labeled {names[self.given[row]]!r}, "
             + (
@@ -189,11 +202,10 @@ class Hearing(Objective):
             )
             for row in flagged.nonzero().flatten().tolist()
         }
-        limits = {"acquittal": self.options.acquittal, "alike": self.options.alike}
-        evidence = {"by_class": self.findings, **limits, "flagged": int(flagged.sum())}
+        evidence = {**self.deposition.evidence(self.findings, self.options), "flagged": int(flagged.sum())}
         return Outcome(
             model,
-            doubt + 0.01 * self.suspicion,
+            doubt + 0.01 * self.deposition.suspicion,
             doubt.clamp(0, 1),
             flagged,
             torch.where(other, answers, -1),

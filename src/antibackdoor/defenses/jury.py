@@ -12,7 +12,7 @@ from torch import Tensor
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
 from antibackdoor.defenses.dual_head import second_logits
-from antibackdoor.defenses.hearing import Hearing
+from antibackdoor.defenses.hearing import Hearing, Deposition
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
@@ -87,6 +87,14 @@ class Jury(Defense):
 
     def run(self, job: Job) -> Outcome:
         """Question the witnesses, train the model, and judge."""
+        deposition = self.depose(job)
+        model = job.model()
+        hearing = Hearing(self, job, model, deposition)
+        job.fit("training", model, hearing, job.recipe(self.main))
+        return replace(hearing.outcome(model), witness=(deposition.tap, second_logits))
+
+    def depose(self, job: Job) -> Deposition:
+        """What the witnesses say, before any model is trained."""
         given, labels = job.data.y.cpu(), range(len(job.data.spec.classes))
         tap, ease = self._trap(job)
         features = features_of(tap, job.data, job.fabric, call=second_logits)
@@ -95,15 +103,13 @@ class Jury(Defense):
             for opinion in (within(ease, given), self._bond(job, tap), self._home(job, given))
         )
         suspicion = shared(weighed((bond, home), early, given), features, given, self.neighbors, seed=job.seed)
-        divided = [clarity(home[given == label]) >= self.division for label in labels]
+        bonds, divisions = ([clarity(opinion[given == label]) for label in labels] for opinion in (bond, home))
         bound = torch.zeros(len(given), dtype=torch.bool)
         for label in labels:
-            if clarity(bond[given == label]) >= self.bond:
+            if bonds[label] >= self.bond:
                 bound[given == label] = halves(bond[given == label])[0]  # the upper: shares are not negative
-        model = job.model()
-        hearing = Hearing(self, job, model, within(suspicion, given), ease, divided, bound)
-        job.fit("training", model, hearing, job.recipe(self.main))
-        return replace(hearing.outcome(model), witness=(tap, second_logits))
+        suspicion = torch.where(bound, 1.0, within(suspicion, given))
+        return Deposition(tap, suspicion, ease, bound, bonds, divisions)
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)
