@@ -12,7 +12,7 @@ from tests.toy import toy_images
 from torch import Tensor
 
 from antibackdoor.data.batches import gather
-from antibackdoor.defenses.hearing import OUT, Hearing, Deposition
+from antibackdoor.defenses.hearing import OUT, Deposition, Hearing
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap

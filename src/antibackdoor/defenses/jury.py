@@ -12,7 +12,7 @@ from torch import Tensor
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
 from antibackdoor.defenses.dual_head import second_logits
-from antibackdoor.defenses.hearing import Hearing, Deposition
+from antibackdoor.defenses.hearing import Deposition, Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
