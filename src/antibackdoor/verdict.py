@@ -80,21 +80,28 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
 
 def _margin(found: dict[str, Any], limits: dict[str, float]) -> float:
     """By how much a class is beyond the nearest limit that must be passed to find it attacked; below zero: within."""
+    beyond_doubt = max(found[name] - limits[name] for name in ("bond", "division"))
     many = lower(found["count"], found["n"]) - limits["acquittal"]
-    divided = found["division"] - limits["division"]
-    like_poison = max(divided, min(found["early"] - 0.5, limits["alike"] - found["alike"]))
-    return max(found["bond"] - limits["bond"], min(many, like_poison) if found["n"] else divided)
+    like_poison = min(found["early"] - 0.5, limits["alike"] - found["alike"])
+    return max(beyond_doubt, min(many, like_poison) if found["n"] else -1.0)
 
 
 def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> str:
     """What was found about one class."""
     told = []
-    if found["bound"]:
+    if found["bond"] >= limits["bond"]:
         told.append(
-            f"{found['bound']} samples labeled {name!r} are still taken for that when they are averaged with samples "
-            "of other classes, unlike the rest of their class: a mark that survives this ties them to the label, not "
-            "what they show."
+            f"Samples labeled {name!r} fall into two groups: averaged with samples of other classes, some are still "
+            f"taken for {name!r} and some are not. A mark that survives this ties these to the label, not what they "
+            "show."
         )
+    if found["division"] >= limits["division"]:
+        told.append(
+            f"Samples labeled {name!r} fall into two groups for models that never saw this label: some look to them "
+            "like one of the other classes, and some do not."
+        )
+    if found["apart"]:
+        told.append(f"{found['apart']} samples are set apart by that.")
     if found["n"]:
         told.append(
             f"Of {found['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
@@ -106,8 +113,6 @@ def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> str:
             f"another class come late. What they are taken for differs by {found['alike']:.0%} from all other classes; "
             "clean ones of a rare kind are taken for one class only, poison comes from everywhere."
         )
-    if found["division"] >= limits["division"]:
-        told.append(f"Models that never saw the label {name!r} see two groups in it.")
     return " ".join(told) or "No class falls into two groups, neither in mixtures nor for models that never saw it."
 
 

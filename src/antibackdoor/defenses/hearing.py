@@ -35,22 +35,24 @@ class Deposition:
     """What the shallow witnesses of `jury` said.
 
     tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
-    label, 1 for bound ones. ease: `(n,)`, how early each label was learned. bound: `(n,)` bool, samples that mixtures
-    set apart from others of their class. bonds, divisions: of each class, how clearly mixtures and outsiders divide it.
+    label, 1 for those apart. ease: `(n,)`, how early each label was learned. apart: `(n,)` bool, samples that mixtures
+    or outsiders set apart from their class beyond doubt. elsewhere: `(n,)`, what an outsider is confident to see in
+    place of the label, -1 for nothing. bonds, divisions: how clearly mixtures and outsiders divide each class.
     """
 
     tap: Tap
     suspicion: Tensor
     ease: Tensor
-    bound: Tensor
+    apart: Tensor
+    elsewhere: Tensor
     bonds: Sequence[float]
     divisions: Sequence[float]
 
     def finding(self, label: int, given: Tensor) -> dict[str, Any]:
         """About one class, before any hearing: what `verdict` reads."""
-        bound = int(self.bound[given == label].sum())
-        told = {"bond": self.bonds[label], "bound": bound, "division": self.divisions[label]}
-        return {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, **told, "attacked": bound > 0}
+        apart = int(self.apart[given == label].sum())
+        told = {"bond": self.bonds[label], "division": self.divisions[label], "apart": apart}
+        return {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, **told, "attacked": apart > 0}
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
         """For the verdict: what was found about each class, and the limits beyond which it counts."""
@@ -141,8 +143,7 @@ class Hearing(Objective):
         alike = self._alike(label, answers[answers != label])
         many = lower(len(confident), len(heard)) > self.options.acquittal
         found = self.deposition.finding(label, self.given)
-        divided = found["division"] >= self.options.division
-        like_poison = divided or (early > 0.5 and alike < self.options.alike)
+        like_poison = early > 0.5 and alike < self.options.alike
         counted = {"count": len(confident), "n": len(heard), "early": early, "alike": alike}
         return {**found, **counted, "attacked": found["attacked"] or (many and like_poison)}
 
@@ -181,24 +182,24 @@ class Hearing(Objective):
             value.copy_(state["average"]["values"][name])
 
     def outcome(self, model: nn.Module) -> Outcome:
-        """The averaged model; suspects are samples of attacked classes that it takes for another, or that are bound.
+        """The averaged model; suspects are samples of attacked classes that it takes for another, or set apart.
 
-        scores: its doubt of the given label, which of bound samples is certain; ties are broken by suspicion.
+        scores: its doubt of the given label, which of those apart is certain; ties are broken by suspicion.
         """
         model.load_state_dict(self.average.values)
         logits = logits_of(model, self.job.data, self.job.fabric).double()
         probabilities, names = logits.softmax(1), self.job.data.spec.classes
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
-        doubt[self.deposition.bound] = 1.0
+        doubt[self.deposition.apart] = 1.0
         answers = probabilities.argmax(1)
         other = self._attacked()[self.given] & ~self.trusted & (answers != self.given)
-        flagged = other | self.deposition.bound
+        flagged = other | self.deposition.apart
         reasons = {
             row: f"labeled {names[self.given[row]]!r}, "
             + (
                 "but a model that learned from trusted samples sees another class"
                 if other[row]
-                else "and known by something that survives averaging with samples of other classes"
+                else "but set apart from its class by something that has nothing to do with what it shows"
             )
             for row in flagged.nonzero().flatten().tolist()
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
 from antibackdoor.seeds import generator
-from antibackdoor.training.groups import clarity, halves, shared, weighed
+from antibackdoor.training.groups import clarity, company, halves, shared, weighed
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
@@ -50,9 +51,9 @@ class Jury(Defense):
        attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval), these
        were learned early, in the easier half of the whole set (clean samples that look like another class come late),
        and they are not `alike` (clean samples of a kind that is not among the trusted are all taken for one class,
-       poison comes from everywhere); or if outsiders or mixtures divide the class beyond doubt. They learn as what it
+       poison comes from everywhere); or if mixtures or outsiders divide the class beyond doubt. They learn as what it
        takes them for; samples it agrees with get their label back, but for the `excluded` share with the most suspicion
-       and for those whose bond set them apart. A class that was not attacked gets all its labels back.
+       and for those set apart beyond doubt. A class that was not attacked gets all its labels back.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
@@ -79,7 +80,7 @@ class Jury(Defense):
         Share, Field(description="total variation distance of what they are taken for from all other classes")
     ] = 0.5
     division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
-    bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 0.8
+    bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
     main: Annotated[Recipe, Field(description="of the model; its augmentation once all classes are acquitted")] = (
         Recipe(min_steps=800)
@@ -98,18 +99,27 @@ class Jury(Defense):
         given, labels = job.data.y.cpu(), range(len(job.data.spec.classes))
         tap, ease = self._trap(job)
         features = features_of(tap, job.data, job.fabric, call=second_logits)
+        confidence, elsewhere = self._home(job, given)
         early, bond, home = (
             shared(opinion, features, given, self.neighbors, seed=job.seed)
-            for opinion in (within(ease, given), self._bond(job, tap), self._home(job, given))
+            for opinion in (within(ease, given), self._bond(job, tap), confidence)
         )
         suspicion = shared(weighed((bond, home), early, given), features, given, self.neighbors, seed=job.seed)
-        bonds, divisions = ([clarity(opinion[given == label]) for label in labels] for opinion in (bond, home))
-        bound = torch.zeros(len(given), dtype=torch.bool)
-        for label in labels:
-            if bonds[label] >= self.bond:
-                bound[given == label] = halves(bond[given == label])[0]  # the upper: shares are not negative
-        suspicion = torch.where(bound, 1.0, within(suspicion, given))
-        return Deposition(tap, suspicion, ease, bound, bonds, divisions)
+        bonds, divisions = ([self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home))
+        apart = torch.zeros(len(given), dtype=torch.bool)
+        for label, bound, divided in zip(labels, bonds, divisions, strict=True):
+            rows = (given == label).nonzero().flatten()
+            for opinion, clear in ((bond, bound >= self.bond), (home, divided >= self.division)):
+                if clear:
+                    apart[rows] |= halves(opinion[rows])[0]  # the upper: shares are not negative
+        suspicion = torch.where(apart, 1.0, within(suspicion, given))
+        elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
+        return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions)
+
+    def _clear(self, shared: Tensor) -> float:
+        """Clarity of the opinions in a class, as the noise would have it that only `neighbors` sharers leave: the mean
+        of few opinions is noisy, and divides a small class by itself."""
+        return clarity(shared) * math.sqrt(max(company(len(shared), self.neighbors), 1) / max(self.neighbors, 1))
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)
@@ -134,12 +144,12 @@ class Jury(Defense):
             bond += logits.double().softmax(1).gather(1, given).squeeze(1) / self.mixtures
         return bond
 
-    def _home(self, job: Job, given: Tensor) -> Tensor:
-        """`(n,)`: the confidence in another class of the outsider that was never shown a sample of this label."""
+    def _home(self, job: Job, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the outsider that was never shown a sample of this label: `(n,)` confidence in another, and in which."""
         classes = len(job.data.spec.classes)
         groups = min(classes, self.groups)
         group = torch.arange(classes) % groups
-        home = torch.zeros(len(given), dtype=torch.float64)
+        home, elsewhere = torch.zeros(len(given), dtype=torch.float64), torch.full_like(given, -1)
         for number in range(groups):
             inside = group[given] == number
             known = given[~inside].unique()
@@ -150,5 +160,6 @@ class Jury(Defense):
             others = (~inside).nonzero().flatten()
             job.fit(name, tap, Witness(job), self.outsider, rows=others, parameters=tap.warm_up_parameters())
             logits = logits_of(tap, job.data, job.fabric, rows, call=second_logits).double()
-            home[rows] = logits[:, known].softmax(1).max(1).values
-        return home
+            best = logits[:, known].softmax(1).max(1)
+            home[rows], elsewhere[rows] = best.values, known[best.indices]
+        return home, elsewhere

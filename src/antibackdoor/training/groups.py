@@ -26,8 +26,7 @@ def shared(
     result = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        # A sample is its own nearest; asking more than a tenth of a small class would drown a group in the rest.
-        count = min(neighbors, max(1, len(rows) // 10), len(rows) - 1) + 1
+        count = company(len(rows), neighbors) + 1  # a sample is its own nearest
         asked = rows
         if len(rows) > most:
             asked = rows[torch.randperm(len(rows), generator=generator(seed, "neighbors", label))[:most]]
@@ -36,6 +35,11 @@ def shared(
             nearest = (F.normalize(features[part].float(), dim=1) @ known.T).topk(count, dim=1).indices
             result[part] = opinions[asked][nearest].double().mean(1)
     return result
+
+
+def company(m: int, neighbors: int) -> int:
+    """With how many others a sample of a class of m shares: more than a tenth would drown a group in the rest."""
+    return min(neighbors, max(1, m // 10), m - 1)
 
 
 def weighed(sure: Sequence[Tensor], unsure: Tensor, labels: Tensor) -> Tensor:
@@ -67,14 +71,20 @@ def _standardized(values: Tensor) -> Tensor:
 
 
 def clarity(values: Tensor) -> float:
-    """How clearly `(m,)` values fall into two groups: Ashman's D of their `halves` times the distance as it is.
+    """How clearly `(m,)` shares or confidences fall into two groups: Ashman's D of their `halves` times their distance.
 
-    So the halves have to lie apart both in their own spread, and by what the values mean.
+    So the halves have to lie apart both in their own spread, which is taken to be at least `SHARP` (a few samples agree
+    by chance), and by what the values mean.
     """
     if len(values) < 2:
         return 0.0
     group, apart = halves(values.double())
-    return apart * abs(float(values[group].mean() - values[~group].mean()))
+    distance = abs(float(values[group].mean() - values[~group].mean()))
+    return min(apart, distance / SHARP) * distance
+
+
+SHARP = 0.05
+"""Least spread of a group of opinions that all lie in [0, 1]."""
 
 
 def halves(values: Tensor) -> tuple[Tensor, float]:
