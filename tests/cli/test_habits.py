@@ -113,6 +113,13 @@ def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
     assert result.stderr.count("epoch ") == 2, "verbose tells every epoch"
 
 
+def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    for words in (("train", tmp_path / "gone", "--out", tmp_path / "run"), ("list", "attacks", "badnest")):
+        result = run(*words, "--json", status=2)
+        assert result.stderr == f"error: {json.loads(result.stdout)['error']}\n"
+    assert "did you mean 'badnets'" in result.stderr
+
+
 def test_no_colors_in_a_pipe(run: Run) -> None:
     code = "from antibackdoor.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, env=SHELL, check=True)

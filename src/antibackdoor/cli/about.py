@@ -9,9 +9,7 @@ import typer
 
 import antibackdoor
 from antibackdoor.cli.frame import ABOUT, app, examples
-from antibackdoor.cli.options import DataRoot, console, print_json
-
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+from antibackdoor.cli.options import AsJson, DataRoot, console, print_json
 
 
 class What(StrEnum):
@@ -49,6 +47,7 @@ def _global(
     ),
 )
 def list_(
+    ctx: typer.Context,
     what: Annotated[What | None, typer.Argument(metavar="attacks|defenses|detectors|models|datasets")] = None,
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, with its options.")] = None,
     as_json: AsJson = False,
@@ -58,19 +57,19 @@ def list_(
 
     found = listing(what.value if what else None, name)
     if as_json:
-        print_json(found)
+        print_json(ctx, found)
     else:
         print_listing(console(), found)
 
 
 @app.command(rich_help_panel=ABOUT)
-def doctor(data_root: DataRoot = None, as_json: AsJson = False) -> None:
+def doctor(ctx: typer.Context, data_root: DataRoot = None, as_json: AsJson = False) -> None:
     """Tell versions, devices, threads, data and extras of this machine; status 1 if something is wrong."""
     from antibackdoor.doctor import examine, print_examination
 
     found = examine(data_root)
     if as_json:
-        print_json(found)
+        print_json(ctx, found)
     else:
         print_examination(console(), found)
     if found["problems"]:

@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 from antibackdoor.errors import InputError, visible
 
 DEBUG = "ANTIBACKDOOR_DEBUG"
+JSON = "antibackdoor.json"
+"""Whether a program waits for JSON that was not printed yet."""
 ORDER = ("train", "scan", "review", "predict", "export", "report", "demo", "poison", "bench", "list", "doctor")
 """Of the commands in the help."""
 DEFEND, MEASURE, ABOUT = "Defend", "Try and measure", "Find your way"
@@ -41,7 +43,7 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            fail(str(error), 2)
+            fail(str(error), 2, as_json=ctx.meta.get(JSON, False))
         except KeyboardInterrupt as stop:
             words = ctx.meta["antibackdoor.words"]
             again = words + (["--resume"] if "--resume" not in words and words[:1] != ["bench"] else [])
@@ -53,7 +55,7 @@ class Group(TyperGroup):
             if error.errno == errno.EPIPE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            fail(visible(f"{where}{error.strerror or error}."), 2)
+            fail(visible(f"{where}{error.strerror or error}."), 2, as_json=ctx.meta.get(JSON, False))
         except MemoryError:
             fail("the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
 
@@ -79,11 +81,15 @@ app = typer.Typer(
 )
 
 
-def fail(sentence: str, status: int) -> NoReturn:
-    """End with the sentence on stderr; or, if that is wanted, with the traceback."""
+def fail(sentence: str, status: int, *, as_json: bool = False) -> NoReturn:
+    """End with the sentence on stderr, for programs on stdout too; or, if that is wanted, with the traceback."""
     if os.environ.get(DEBUG) and sys.exc_info()[1] is not None:
         raise  # noqa: PLE0704 (called while an exception is handled)
     typer.echo(sentence if status in (130, 143) else f"error: {sentence}", err=True)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"error": sentence}, indent=2))
     raise typer.Exit(status)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from antibackdoor.cli.frame import JSON
 from antibackdoor.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,9 +81,22 @@ OpenPage = Annotated[
     bool | None, typer.Option("--open/--no-open", help="Show it in a browser.", show_default="on a terminal")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TOLD)]
+
+
+def _await_json(ctx: typer.Context, wanted: bool) -> bool:
+    """Remember it for what goes wrong."""
+    ctx.meta[JSON] = wanted
+    return wanted
+
+
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="Print the result as JSON, for programs; progress is on stderr.", rich_help_panel=TOLD),
+    typer.Option(
+        "--json",
+        callback=_await_json,
+        help="Print the result, or what is wrong, as JSON for programs; progress is on stderr.",
+        rich_help_panel=TOLD,
+    ),
 ]
 
 
@@ -224,10 +238,11 @@ def chosen_settings(texts: list[str] | None, ctx: typer.Context | None = None) -
     return chosen
 
 
-def print_json(value: Any) -> None:
-    """For programs: nothing else goes to stdout."""
+def print_json(ctx: typer.Context, value: Any) -> None:
+    """For programs: nothing else goes to stdout, not even what may be found wrong later."""
     import json
 
+    ctx.meta[JSON] = False
     typer.echo(json.dumps(value, indent=2))
 
 

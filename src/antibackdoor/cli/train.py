@@ -108,6 +108,6 @@ def train(
             **running.given(),
         )
     if running.as_json:
-        print_json(summary(result, out))
+        print_json(ctx, summary(result, out))
     elif not running.quiet:
         print_summary(console(), result, out)
