@@ -71,7 +71,7 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
     margins = {name: _margin(found, evidence["limits"]) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
     shown = targets or [max(margins, key=lambda name: margins[name])]
-    sentences = [_told(name, findings[name], evidence["limits"]) for name in shown]
+    sentences = [sentence for name in shown for sentence in _told(name, findings[name], evidence["limits"])]
     sure = _sure(abs(max(margins[name] for name in shown)))
     if not targets:
         return Verdict(False, sure, [], 0.0, sentences)
@@ -86,7 +86,7 @@ def _margin(found: dict[str, Any], limits: dict[str, float]) -> float:
     return max(beyond_doubt, min(many, like_poison) if found["n"] else -1.0)
 
 
-def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> str:
+def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """What was found about one class."""
     told = []
     if found["bond"] >= limits["bond"]:
@@ -113,7 +113,7 @@ def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> str:
             f"another class come late. What they are taken for differs by {found['alike']:.0%} from all other classes; "
             "clean ones of a rare kind are taken for one class only, poison comes from everywhere."
         )
-    return " ".join(told) or "No class falls into two groups, neither in mixtures nor for models that never saw it."
+    return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
 
 
 MANY = 0.4
