@@ -65,7 +65,7 @@ class Jury(Defense):
     )
     looks: Annotated[int, Field(ge=1, description="how many looks at the losses there are at most")] = 14
     outsider: Annotated[Recipe, Field(description="of the shallow models that each lack some classes")] = Recipe(
-        epochs=1, min_steps=150, batch_size=64, learning_rate=0.05, augment="none"
+        epochs=1, min_steps=75, batch_size=64, learning_rate=0.05, augment="none"
     )
     mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
