@@ -111,6 +111,7 @@ def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
     assert Path(told["report"]).is_file() and told["metrics"]["clean_accuracy"]["n"] == 15
     assert "60 samples (image, 3 x 16 x 16, 3 classes)" in " ".join(result.stderr.split())
     assert result.stderr.count("epoch ") == 2, "verbose tells every epoch"
+    assert "defense: none with resnet18-w8; main training 8 steps of 16 samples" in " ".join(result.stderr.split())
 
 
 def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:

@@ -68,5 +68,6 @@ def review(
     with contextlib.suppress(KeyboardInterrupt):
         serve(session, port, ready=ready)
     if not quiet:
-        again = f"antibackdoor train {shlex.quote(data or 'DATA')} --review {shlex.quote(str(folder))} --out RUN"
+        source = shlex.quote(data or str((session.splits.source or {}).get("source", "DATA")))
+        again = f"antibackdoor train {source} --review {shlex.quote(str(folder))} --out RUN"
         typer.echo(f"\nDecisions are in {folder / 'review.jsonl'}. Train on the cleaned set: {again}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -64,15 +65,19 @@ def scan(
     from antibackdoor.detectors import make_detector
     from antibackdoor.progress import show
     from antibackdoor.runs import load_model
+    from antibackdoor.scanning import MODEL
     from antibackdoor.scanning import scan as run
-    from antibackdoor.summary import flagged_rows, print_summary, summary
+    from antibackdoor.summary import flagged_rows, print_plan, print_summary, summary
 
     chosen = chosen_settings(running.settings, ctx)
-    if fail_on_poison and not make_detector(detector, chosen).decides:
+    method = make_detector(detector, chosen)
+    if fail_on_poison and not method.decides:
         raise InputError(f"the detector {detector!r}, so set, only ranks samples; a gate needs a verdict.")
     splits = reading.load(data)
     experiment = running.experiment(splits)
-    with show(console(stderr=True), quiet=running.quiet, every=running.verbose) as progress:
+    told, trained = console(stderr=True), MODEL if model == "auto" else model
+    plan = partial(print_plan, told, splits, detector, method, trained, epochs, every=running.verbose)
+    with show(told, quiet=running.quiet, every=running.verbose, plan=plan) as progress:
         found = run(
             splits,
             detector=detector,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -79,10 +80,12 @@ def train(
     """Train a clean model, name the samples that look poisoned, and give a verdict."""
     from antibackdoor.api import train as run
     from antibackdoor.data.load import load
+    from antibackdoor.defenses import make_defense
     from antibackdoor.progress import show
     from antibackdoor.summary import print_plan, print_summary, summary
 
     chosen = chosen_settings(running.settings, ctx)
+    method = make_defense(defense, chosen)
     splits = reading.load(data)
     experiment = running.experiment(splits)
     trusted = clean and load(clean, **{**reading.given(), "test": None, "memory_map": None})
@@ -90,9 +93,9 @@ def train(
         from antibackdoor.review.session import open_session
 
         splits = open_session(review, splits).cleaned(undecided.value)
-    if running.verbose:
-        print_plan(console(stderr=True), splits, defense, chosen, model)
-    with show(console(stderr=True), quiet=running.quiet, every=running.verbose) as progress:
+    told = console(stderr=True)
+    plan = partial(print_plan, told, splits, defense, method, model, epochs, every=running.verbose)
+    with show(told, quiet=running.quiet, every=running.verbose, plan=plan) as progress:
         result = run(
             splits,
             defense=defense,
