@@ -172,6 +172,12 @@ Settings = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Everything random follows from it.", rich_help_panel=METHOD_PANEL)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MACHINE_PANEL)]
+Devices = Annotated[
+    int, typer.Option(min=1, help="Devices of this machine to train on together.", rich_help_panel=MACHINE_PANEL)
+]
+Nodes = Annotated[
+    int, typer.Option(min=1, help="Machines to train on together, by torchrun.", rich_help_panel=MACHINE_PANEL)
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(
@@ -288,6 +294,8 @@ def train(
     precision: Annotated[
         str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.", rich_help_panel=MACHINE_PANEL)
     ] = "auto",
+    devices: Devices = 1,
+    nodes: Nodes = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     image_size: ImageSize = None,
     missing: MissingOption = Missing.refuse,
@@ -339,8 +347,11 @@ def train(
     from antibackdoor.bench.poisoned import read_experiment
     from antibackdoor.data.load import load
     from antibackdoor.progress import show
+    from antibackdoor.training.launch import first
 
     chosen = _settings(settings, ctx)
+    told = first(devices * nodes)
+    quiet, verbose, as_json = quiet or not told, verbose and told, as_json and told
     splits = load(
         data,
         test=test,
@@ -373,6 +384,8 @@ def train(
             seed=seed,
             device=device,
             precision=precision,
+            devices=devices,
+            nodes=nodes,
             out=out,
             resume=resume,
             progress=progress,
@@ -432,6 +445,8 @@ def scan(
     precision: Annotated[
         str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.", rich_help_panel=MACHINE_PANEL)
     ] = "auto",
+    devices: Devices = 1,
+    nodes: Nodes = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     test: Test = None,
     image_size: ImageSize = None,
@@ -459,8 +474,11 @@ def scan(
     from antibackdoor.progress import show
     from antibackdoor.runs import load_model
     from antibackdoor.scanning import scan as run
+    from antibackdoor.training.launch import first
 
     chosen = _settings(settings, ctx)
+    told = first(devices * nodes)
+    quiet, verbose, as_json = quiet or not told, verbose and told, as_json and told
     if fail_on_poison and not make_detector(detector, chosen).decides:
         raise InputError(f"the detector {detector!r}, so set, only ranks samples; a gate needs a verdict.")
     splits = load(
@@ -485,6 +503,8 @@ def scan(
             seed=seed,
             device=device,
             precision=precision,
+            devices=devices,
+            nodes=nodes,
             out=out,
             resume=resume,
             progress=progress,

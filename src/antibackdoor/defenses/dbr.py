@@ -72,7 +72,7 @@ def sensitivity(model: nn.Module, job: Job, transform: str, looks: int) -> Tenso
             moved = replace(batch, x=augment(batch.x, job.data.spec, rng, batch.lengths))
             return (embed(model, batch).float() - embed(model, moved).float()).square().mean(1)
 
-        total += logits_of(model, job.data, job.fabric, call=change)
+        total += logits_of(model, job.data, job.fabric, call=change, in_turn=True)
     return total.double() / looks
 
 

@@ -85,8 +85,8 @@ class Tap(nn.Module):
 
     def shallow(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits of the second head, `(n, K)`; the deep part does not run."""
-        _, output = self._run(self.second_backbone or self.backbone, x, lengths, torch.empty(0, dtype=torch.long))
-        return self._second(output, detach=False)
+        logits: Tensor = self(x, lengths, main=torch.empty(0, dtype=torch.long))[1]
+        return logits
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, main: Tensor | None = None, detach: bool = False
