@@ -85,7 +85,8 @@ class UnlearnRelearn(Unlearn):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Climb for some, descend for the others."""
-        signs = 1 - 2 * self.poison.to(batch.rows.device)[batch.rows].float()
+        self.poison = self.poison.to(batch.rows.device)
+        signs = 1 - 2 * self.poison[batch.rows].float()
         return self.step(model, batch, signs)
 
 

@@ -18,7 +18,7 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
-from antibackdoor.data.batches import to_device
+from antibackdoor.data.batches import gather, to_device
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.files import Tree, load_state, save_state, write_text
@@ -124,12 +124,13 @@ class Job:
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over (at most 4,096 of) the samples, padding left out."""
-        rows = torch.linspace(0, len(self.data) - 1, min(len(self.data), 4096)).long().to(self.fabric.device)
-        x = self.data.spec.decode(self.data.x[rows].to(self.fabric.device)).flatten(2)
-        if self.data.lengths is None:
+        rows = torch.linspace(0, len(self.data) - 1, min(len(self.data), 4096)).long()
+        batch = gather(self.data, rows, self.fabric.device)
+        x = batch.x.flatten(2)
+        if batch.lengths is None:
             valid = torch.ones_like(x[:, :1])
         else:
-            valid = (torch.arange(x.shape[2], device=x.device) < self.data.lengths[rows, None, None]).float()
+            valid = (torch.arange(x.shape[2], device=x.device) < batch.lengths[:, None, None]).float()
         count = valid.sum() if valid.shape[1] == 1 else valid.sum((0, 2))
         mean = (x * valid).sum((0, 2)) / count
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, distributed, nn
 
-from antibackdoor.data.batches import Batch, gather
+from antibackdoor.data.batches import Batch, gather, sent
 from antibackdoor.data.core import Data
 from antibackdoor.seeds import derive
 from antibackdoor.training.statistics import WholeBatch
@@ -72,7 +72,7 @@ class Split:
         own = shares[self.fabric.global_rank]
 
         def cut(value: Any) -> Any:
-            return value[to_device(own, value.device)] if _has_rows(value, n) else value
+            return value[sent(own, value.device)] if _has_rows(value, n) else value
 
         self.random = _random_state(self.fabric.device)
         # Dropout differs from call to call and from share to share; all else goes on as if there had been none.
@@ -98,7 +98,7 @@ class Split:
         order = torch.cat(places)
         if bool((order[1:] > order[:-1]).all()):
             return whole
-        return whole[to_device(order.argsort(), whole.device)]
+        return whole[sent(order.argsort(), whole.device)]
 
 
 class _Collect(torch.autograd.Function):
@@ -163,11 +163,6 @@ def at_once(tensors: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> No
         whole = reduce(torch.cat([tensor.flatten() for tensor in some]))
         for tensor, part in zip(some, whole.split([tensor.numel() for tensor in some]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-def to_device(places: Tensor, device: torch.device) -> Tensor:
-    """Row numbers from main memory, without the program waiting for the device."""
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 def _has_rows(value: Any, n: int) -> bool:
