@@ -76,7 +76,7 @@ def test_the_first_device_may_fail_too() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--devices", 0), "0"),
+        (("--devices", 0), "greater than or equal to 1"),
         (("--devices", 2, "--device", "cpu:1"), "several devices cannot all be 'cpu:1'"),
         (("--nodes", 2, "--device", "cpu"), "started by torchrun"),
     ],
