@@ -1,21 +1,24 @@
 """Runs every code block of the README and the docs, in a folder with toy data and with hardly any training.
 
 `python` blocks of a page share their names, as a reader would have it. Of `bash` blocks the lines that begin with
-`antibackdoor` are run, in this process. `toml` blocks become the file that their first line names. `console` and `py`
-blocks are not run here: the first install the package, the second belong to scripts that tests run as a whole.
+`antibackdoor` are run, in this process; so are the commands in the table of `questions.md`. `toml` blocks become the
+file that their first line names. What is not run here, and why, stands in `tests/unit/test_docs.py`.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sybil import Example, Sybil
+from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from sybil.sybil import SybilCollection
 
 
 def run_commands(example: Example) -> str | None:
@@ -33,9 +36,36 @@ def run_commands(example: Example) -> str | None:
     return None
 
 
+ELSEWHERE = {
+    "antibackdoor review run": "waits for a browser; tests/unit/test_review_browser.py is one",
+    "antibackdoor bench experiments/first-results-series.toml --out results": "hours; that grid is planned instead",
+    "antibackdoor scan poisoned --truth poisoned --out scanned": "a minute; tests/cli/test_scan.py runs it on less",
+}
+"""Commands of the table that are not run as they stand, and why."""
+
+
+def commands_of_the_table(document: Document) -> Iterator[Region]:
+    """Every command in a line of text, once; not the bare names of commands."""
+    seen = set(ELSEWHERE)
+    for found in re.finditer(r"`(antibackdoor [^`\s]+ [^`\n]+)`", document.text):
+        if found[1] not in seen:
+            seen.add(found[1])
+            yield Region(found.start(), found.end(), found[1], run_commands)
+
+
+def begin_table(namespace: dict[str, Any]) -> None:
+    """What the table speaks of beside a folder of images: series, a grid."""
+    begin(namespace)
+    lines = ["\t".join(map(str, [k % 2, *(step * (1 + k % 2) % 8 for step in range(20))])) for k in range(40)]
+    Path("ECG_TRAIN.tsv").write_text("\n".join(lines) + "\n")
+    shutil.copy(Path(__file__).parent / "experiments" / "first-results-series.toml", "grid.toml")
+
+
 def write_file(example: Example) -> None:
-    """The block as a file in the working folder."""
-    Path(example.parsed.splitlines()[0].removeprefix("# ").strip()).write_text(example.parsed)
+    """The block as a file in the working folder, named by its first line."""
+    name = re.fullmatch(r"# (\S+\.toml)", example.parsed.splitlines()[0])
+    assert name, "begin the block with the name of its file, as in `# grid.toml`"
+    Path(name[1]).write_text(example.parsed)
 
 
 def begin(namespace: dict[str, Any]) -> None:
@@ -67,13 +97,16 @@ def end(namespace: dict[str, Any]) -> None:
     shutil.rmtree(namespace["_folder"], ignore_errors=True)
 
 
-pytest_collect_file = Sybil(
-    parsers=[
-        PythonCodeBlockParser(),
-        CodeBlockParser(language="bash", evaluator=run_commands),
-        CodeBlockParser(language="toml", evaluator=write_file),
-    ],
-    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
-    setup=begin,
-    teardown=end,
+BLOCKS = [
+    PythonCodeBlockParser(),
+    CodeBlockParser(language="bash", evaluator=run_commands),
+    CodeBlockParser(language="toml", evaluator=write_file),
+]
+PAGES = ["README.md", "docs/*.md", "docs/**/*.md"]
+TABLE = "docs/questions.md"
+pytest_collect_file = SybilCollection(
+    [
+        Sybil(parsers=BLOCKS, patterns=PAGES, excludes=[TABLE], setup=begin, teardown=end),
+        Sybil(parsers=[*BLOCKS, commands_of_the_table], patterns=[TABLE], setup=begin_table, teardown=end),
+    ]
 ).pytest()

@@ -1,6 +1,6 @@
 """Runs a bench grid for a long time while its processes are killed at random, and counts what that did.
 
-    python benchmarks/soak.py experiments/attacks-series.toml --ledger results/attacks-series --minutes 90 \\
+    python benchmarks/soak.py experiments/attacks-series.toml --profile first --ledger results --minutes 90 \\
         --out results/trust/soak.json
 
 Every minute or two a worker or, one time in four, the bench itself is killed with SIGKILL; the bench is started again
@@ -119,6 +119,7 @@ def soak(command: list[str], mark: str, rng: random.Random, minutes: float, limi
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("grid", type=Path)
+    parser.add_argument("--profile", default="")
     parser.add_argument("--ledger", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=90)
@@ -126,9 +127,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    cells = [cell.name() for cell in read_grid(given.grid).cells()]
+    cells = [cell.name() for cell in read_grid(given.grid, given.profile or None).cells()]
     before = sum(name in Ledger(given.ledger) for name in cells)
     words = ["bench", str(given.grid), "--out", str(given.ledger), "--workers", str(given.workers), "--quiet"]
+    words += ["--profile", given.profile] * bool(given.profile)
     command = [sys.executable, "-m", "antibackdoor.cli", *words]
     told = soak(command, f"soak-{os.getpid()}", random.Random(given.seed), given.minutes, given.limit)
     names = Counter(path.stem for path in given.ledger.rglob("*.json") if not path.name.endswith(".error.json"))

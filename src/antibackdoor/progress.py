@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,18 @@ QUIET_SECONDS_CELLS = 60.0
 
 
 @contextmanager
-def show(console: Console, *, quiet: bool = False, title: str = "", every: bool = False) -> Iterator[Progress]:
+def show(
+    console: Console,
+    *,
+    quiet: bool = False,
+    title: str = "",
+    every: bool = False,
+    plan: Callable[[], None] = lambda: None,
+) -> Iterator[Progress]:
     """A `Progress` for the training loop that is shown on `console`; `title` goes before the stage's name.
 
-    every: tell each epoch, also where there is no terminal.
+    every: tell each epoch, also where there is no terminal. plan: tells what is run; called before the first stage,
+    when everything that was asked for has been checked.
     """
     from antibackdoor.training.loop import Progress
 
@@ -35,7 +43,7 @@ def show(console: Console, *, quiet: bool = False, title: str = "", every: bool 
         return
     if not console.is_terminal:
         lines = _Lines(console, title, 0.0 if every else QUIET_SECONDS)
-        yield Progress(start=lines.start, epoch=lines.epoch)
+        yield Progress(start=_after(plan, lines.start), epoch=lines.epoch)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -47,7 +55,19 @@ def show(console: Console, *, quiet: bool = False, title: str = "", every: bool 
     )
     with Display(*columns, console=console) as display:
         live = _Live(display, title)
-        yield Progress(start=live.start, step=live.step, epoch=live.epoch)
+        yield Progress(start=_after(plan, live.start), step=live.step, epoch=live.epoch)
+
+
+def _after(plan: Callable[[], None], start: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """`start`, with the plan told before the first stage."""
+    waiting = [plan]
+
+    def begin(stage: str, epochs: int, steps: int) -> None:
+        while waiting:
+            waiting.pop()()
+        start(stage, epochs, steps)
+
+    return begin
 
 
 @contextmanager

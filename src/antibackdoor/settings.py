@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from antibackdoor.errors import InputError, unknown
 from antibackdoor.limits import read_toml
 
 
-def read_settings(path: Path, known: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """What the file says of the options `known`, by their names in Python, and its [set] table as NAME=VALUE.
+def read_settings(path: Path, known: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """What the file says of options, by their names in Python, and its [set] table as NAME=VALUE.
 
-    An option is written as on the command line without the dashes in front (`image-size = 64`); hyper-parameters
-    stand in a table of their own, nested or with dots (`main.epochs = 30`). Raises InputError for a file that is not
-    TOML, and for a name that is no option.
+    known: the name in Python of every option, by its spelling. An option is written as on the command line without
+    the dashes in front (`image-size = 64`); hyper-parameters stand in a table of their own, nested or with dots
+    (`main.epochs = 30`). Raises InputError for a file that is not TOML, and for a name that is no option.
     """
     try:
         read = read_toml(path, f"cannot read the settings in {path}")
@@ -24,15 +24,14 @@ def read_settings(path: Path, known: Iterable[str]) -> tuple[dict[str, Any], lis
     table = read.pop("set", {})
     if not isinstance(table, dict):
         raise InputError(f"{path}: [set] must be a table of hyper-parameters.")
-    names = {name.replace("_", "-"): name for name in known}
     chosen = {}
     for key, value in read.items():
         option = key.replace("_", "-")
-        if option not in names:
-            raise unknown(f"option in {path}", key, names)
+        if option not in known:
+            raise unknown(f"option in {path}", key, known)
         if isinstance(value, dict):
             raise InputError(f"{path}: {key!r} takes a value, not a table.")
-        chosen[names[option]] = value
+        chosen[known[option]] = value
     return chosen, [f"{name}={_text(value)}" for name, value in _flat(table)]
 
 

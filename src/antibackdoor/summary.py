@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,19 @@ import pandas as pd
 from rich.markup import escape
 
 from antibackdoor.api import Findings, Result
+from antibackdoor.data.batches import steps_per_epoch
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load_samples
 from antibackdoor.data.series import Missing
-from antibackdoor.defenses import make_defense
+from antibackdoor.defenses import AUTO as DEFENSE
+from antibackdoor.defenses import Defense
+from antibackdoor.detectors import AUTO as DETECTOR
+from antibackdoor.detectors import Detector
 from antibackdoor.models import resolve
 from antibackdoor.report.words import percent, plain
 from antibackdoor.runs import load_model
 from antibackdoor.training.job import make_fabric
+from antibackdoor.training.loop import Recipe
 from antibackdoor.training.scores import logits_of
 
 if TYPE_CHECKING:
@@ -73,8 +79,17 @@ def flagged_rows(result: Findings) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in rows]
 
 
-def print_plan(console: Console, splits: Splits, defense: str, settings: dict[str, Any], model: str) -> None:
-    """What is about to be run, with what "auto" stands for."""
+def print_plan(
+    console: Console,
+    splits: Splits,
+    name: str,
+    method: Defense | Detector,
+    model: str,
+    epochs: int | None,
+    *,
+    every: bool = False,
+) -> None:
+    """What is about to be run, with what "auto" and the size of the set make of it; every: all hyper-parameters too."""
     data, test = splits.train, splits.test
     held = "no test set" if test is None else f"{len(test):,} test samples"
     shape, classes = " x ".join(map(str, data.spec.shape)), len(data.spec.classes)
@@ -82,10 +97,17 @@ def print_plan(console: Console, splits: Splits, defense: str, settings: dict[st
         f"data: {escape(splits.name)}, {len(data):,} samples ({data.spec.kind}, {shape}, {classes} classes), {held}",
         soft_wrap=True,
     )
-    method = make_defense(defense, settings)
-    network = resolve(model, data.spec)
-    console.print(f"defense: {escape(repr(method))}", soft_wrap=True)
-    console.print(f"model: {escape(str(network))}", soft_wrap=True)
+    sort, chosen = ("defense", DEFENSE) if isinstance(method, Defense) else ("detector", DETECTOR)
+    name, budget = chosen if name == "auto" else name, ""
+    recipe = getattr(method, "main", getattr(method, "recipe", None))
+    if isinstance(recipe, Recipe):
+        recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+        batch = recipe.batch_for(len(data))
+        steps = recipe.epochs_for(len(data)) * recipe.passes_for(len(data)) * steps_per_epoch(len(data), batch)
+        budget = f"; main training {steps:,} steps of {batch} samples"
+    console.print(f"{sort}: {escape(name)} with {escape(resolve(model, data.spec))}{budget}", soft_wrap=True)
+    if every:
+        console.print(escape(repr(method)), soft_wrap=True)
 
 
 def predict_table(

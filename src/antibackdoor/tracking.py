@@ -91,8 +91,7 @@ class Tracking:
             offline = os.environ.get("WANDB_MODE", "offline") == "offline"
             return WandbLogger(save_dir=self.folder, project=PROJECT, id=self.ids.get(name), offline=offline)
         except ImportError:
-            extra = f"pip install 'antibackdoor[{name}]'"
-            raise InputError(f"tracking with {name} needs more packages: install them with  {extra}") from None
+            raise InputError(f"tracking with {name} needs more packages: pip install 'antibackdoor[{name}]'.") from None
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -28,7 +28,7 @@ from ranks import Broken
 from toy import toy_images
 from toy_files import TINY, Run
 
-COMMAND = [sys.executable, "-c", "from antibackdoor.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "antibackdoor.cli"]
 
 
 def broken(rank: str, how: str = "told") -> Data:

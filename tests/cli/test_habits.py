@@ -74,6 +74,17 @@ def test_a_file_of_settings_and_what_is_typed_over_it(run: Run, images: Path, tm
     assert (recipe["learning_rate"], recipe["min_steps"]) == (0.02, 0)
 
 
+def test_a_file_spells_options_as_the_command_line_does(run: Run, images: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "poison.toml", tmp_path / "poisoned"
+    file.write_text('attack = "badnets"\nformat = "folder"\nrate = 0.1\n[set]\nsize = 2\n')
+    run("poison", images, "--config", file, "--out", out, "--quiet")
+    assert (out / "data" / "train").is_dir(), "`format`, not the name that it has in Python"
+    assert json.loads((out / "attack.json").read_text())["options"]["size"] == 2
+    file.write_text("json = true\nepochs = 1\n")
+    told = run("train", images, "--config", file, "--out", tmp_path / "run", *TINY, *UNDEFENDED).stdout
+    assert json.loads(told)["samples"] == 60
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
@@ -100,6 +111,14 @@ def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
     assert Path(told["report"]).is_file() and told["metrics"]["clean_accuracy"]["n"] == 15
     assert "60 samples (image, 3 x 16 x 16, 3 classes)" in " ".join(result.stderr.split())
     assert result.stderr.count("epoch ") == 2, "verbose tells every epoch"
+    assert "defense: none with resnet18-w8; main training 8 steps of 16 samples" in " ".join(result.stderr.split())
+
+
+def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    for words in (("train", tmp_path / "gone", "--out", tmp_path / "run"), ("list", "attacks", "badnest")):
+        result = run(*words, "--json", status=2)
+        assert result.stderr == f"error: {json.loads(result.stdout)['error']}\n"
+    assert "did you mean 'badnets'" in result.stderr
 
 
 def test_no_colors_in_a_pipe(run: Run) -> None:

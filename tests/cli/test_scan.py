@@ -89,6 +89,8 @@ def test_a_gate_needs_an_answer(run: Run, images: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "few.npz", x=np.zeros((8, 8, 8, 3), np.uint8), y=np.arange(8) % 2)
     told = run("scan", tmp_path / "few.npz", "--out", tmp_path / "out", *GATE, *SHORT, "--quiet", status=2).output
     assert "could not be judged" in told and len(told.strip().splitlines()) == 1
+    asked = run("scan", tmp_path / "few.npz", "--out", tmp_path / "json", *GATE, *SHORT, "--json", status=2)
+    assert json.loads(asked.stdout)["confidence"] == 0, "one document: the findings, which were told already"
 
 
 def test_scan_measures_against_the_truth(run: Run, images: Path, tmp_path: Path) -> None:

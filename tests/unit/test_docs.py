@@ -2,10 +2,12 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import yaml
 from typer.main import get_command
 
 from antibackdoor.bench.grid import read_grid
@@ -70,6 +72,48 @@ def test_every_command_that_a_page_names_exists() -> None:
             assert {word for word in rest if word.startswith("--")} <= known | {"--help"}, words
         else:
             assert command in {"COMMAND", "--help", "--version"}, words
+
+
+NOT_RUN = {
+    "console": "installs packages or serves a page: what a reader types, with its prompt",
+    "yaml": "belongs to the machines of others; read by test_the_gates_for_other_machines",
+}
+"""Languages of blocks that the root's conftest.py does not run, and why."""
+NOT_TYPED = {
+    "python3 -m venv .venv && .venv/bin/pip install -q '.[review]' && .venv/bin/antibackdoor demo": "installs",
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest -n auto": "is CI",
+    "source .venv/bin/activate": "is for the shell that it is typed into",
+    "ANTIBACKDOOR_CACHE=/scratch antibackdoor scan photos --memory-map --out scan": "writes elsewhere",
+}
+"""Lines of bash blocks that are not run because they do not begin with `antibackdoor`, and why not."""
+
+
+def test_no_block_of_the_docs_is_passed_over_in_silence() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pattern = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    blocks = [found for page in pages for found in pattern.findall(page.read_text("utf-8"))]
+    assert {language for language, _ in blocks} == {"python", "bash", "toml", *NOT_RUN}
+    lines = [line.strip() for language, block in blocks if language == "bash" for line in block.splitlines()]
+    assert {line for line in lines if line and not line.startswith(("antibackdoor ", "#"))} == set(NOT_TYPED)
+
+
+def test_the_gates_for_other_machines() -> None:
+    """The workflow and the pre-commit hook name commands, options and files that exist."""
+    workflow = yaml.safe_load((ROOT / "docs" / "data-gate.yml").read_text("utf-8"))
+    steps = workflow["jobs"]["scan"]["steps"]
+    [gate] = [words for step in steps if (words := shlex.split(step.get("run", "")))[:2] == ["antibackdoor", "scan"]]
+    known = {name for option in get_command(app).commands["scan"].params for name in option.opts}  # type: ignore[attr-defined]
+    assert "--fail-on-poison" in gate and {word for word in gate if word.startswith("--")} <= known
+    assert steps[-1]["if"] == "always()", "the report is wanted most where the gate stops"
+    out = gate[gate.index("--out") + 1]
+    assert steps[-1]["with"]["path"].split() == [
+        f"{out}/{name}" for name in ("report.html", "suspects.csv", "verdict.json")
+    ]
+    [hook] = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))
+    assert set(re.findall(r"--[a-z-]+", hook["entry"])) <= known
+    guide = (ROOT / "docs" / "guides" / "gate-your-ci.md").read_text("utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    assert [named["id"] for named in yaml.safe_load(example)["repos"][0]["hooks"]] == [hook["id"]]
 
 
 def test_every_entry_of_atlas_and_nist_is_in_the_docs() -> None:

@@ -131,7 +131,7 @@ def test_exports_can_be_trained_on(files: Session, tmp_path: Path, form: str) ->
     assert told == "10 of 12 samples kept, 2 dropped, 1 relabeled"
     if form == "csv":
         (tmp_path / "out" / "labels.csv").rename(tmp_path / "data" / "labels.csv")
-    place = {"npz": "out/data.npz", "csv": "data/labels.csv", "folder": "out/data"}[form]
+    place = {"npz": "out", "csv": "data/labels.csv", "folder": "out"}[form]
     again = load(tmp_path / place).train
     assert len(again) == 10 and np.bincount(again.y).tolist() == [1, 4, 5]
     kept = (tmp_path / "out" / "keep.txt").read_text().splitlines()

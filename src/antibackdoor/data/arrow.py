@@ -112,7 +112,7 @@ class _Part:
             if not isinstance(inner, bytes):
                 raise InputError(
                     f"{self.where}: row {row} of column {self.column.name!r} holds no image itself (a path, or "
-                    "nothing); save the data set with its images embedded."
+                    "nothing); write the data set with its `save_to_disk`, which puts them in."
                 )
             if len(inner) > MAX_SAMPLE:
                 raise InputError(f"{self.where}: row {row} holds {len(inner):,} bytes; at most 64 MiB are read.")

@@ -175,9 +175,13 @@ def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, p
     return Data(x, torch.zeros(len(x), dtype=torch.int64), fits, ids, lengths)
 
 
+WRITTEN = (("attack.json", "truth.csv"), ("keep.txt", "drop.csv"))
+"""What lies beside the data in folders of our own."""
+
+
 def _inside(path: Path) -> Path:
-    """The data in a folder that `antibackdoor poison` wrote."""
-    if (path / "attack.json").is_file() and (path / "truth.csv").is_file():
+    """The data in a folder that `antibackdoor poison`, or `antibackdoor review` with --export, wrote."""
+    if any(all((path / name).is_file() for name in names) for names in WRITTEN):
         found = next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
         return inside(found, path)
     return path

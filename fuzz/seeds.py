@@ -1,0 +1,213 @@
+"""Writes the honest part of the corpus: a small file or two of every format, as the package or its peers write them."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from antibackdoor.data.arrays import write_npz
+from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.files import save_state, write_csv
+from antibackdoor.models import create
+from antibackdoor.runs import save_model
+
+CORPUS = Path(__file__).parent / "corpus"
+PIXELS = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 1, 3, 4)
+SERIES = np.arange(2 * 6, dtype=np.float32).reshape(2, 1, 6) / 7
+SERIES[1, :, 4:] = 0
+
+
+def seed(target: str, name: str, content: bytes | str) -> Path:
+    """One file of the corpus."""
+    path = CORPUS / target / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def image(form: str, mode: str = "RGB", **options: object) -> bytes:
+    """A few pixels of noise."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 5, 3), dtype=np.uint8)).convert(mode).save(
+        buffer, form, **options
+    )
+    return buffer.getvalue()
+
+
+def array(value: np.ndarray) -> bytes:
+    """One .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, value)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    """All of it."""
+    images_and_series()
+    containers()
+    documents()
+
+
+def images_and_series() -> None:
+    """Files of single samples, arrays, and text."""
+    for mode in ("RGB", "L", "P", "RGBA", "1"):
+        seed("png", mode, image("PNG", mode))
+    deep = io.BytesIO()
+    Image.fromarray(np.arange(30, dtype=np.uint16).reshape(6, 5) * 2000).save(deep, "PNG")
+    seed("png", "deep", deep.getvalue())
+    seed("jpeg", "plain", image("JPEG"))
+    seed("jpeg", "progressive", image("JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0", comment=b"c"))
+    seed("webp", "lossy", image("WEBP"))
+    seed("webp", "lossless", image("WEBP", lossless=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"))
+    seed("bmp", "rgb", image("BMP"))
+    seed("bmp", "palette", image("BMP", "P"))
+    seed("ppm", "color", image("PPM"))
+    seed("ppm", "gray", image("PPM", "L"))
+    seed("ppm", "plain", "P3 2 2 255\n0 0 0 255 255 255 # c\n9 9 9 1 2 3\n")
+    seed("manifest", "plain", "path,label,split\na.png,x,train\nb.png,y,train\n")
+    seed("manifest", "test", 'path,label,split\n"a.png",x,train\nb.png,"x",test\n')
+    spec = Spec("series", (1, 6), ("a", "b"), 0.0, 2.0)
+    series = Data(torch.from_numpy(SERIES), torch.tensor([0, 1]), spec, ["0", "1"], torch.tensor([6, 4]))
+    images = Data(torch.from_numpy(PIXELS), torch.tensor([0, 1]), Spec("image", (1, 3, 4), ("a", "b")), ["p", "q"])
+    for name, data in (("series", series), ("images", images)):
+        path = seed("npz", name, b"")
+        path.unlink()
+        write_npz(path, Splits(data))
+    seed("npy", "images", array(PIXELS.transpose(0, 2, 3, 1)))
+    seed("npy", "series", array(SERIES))
+    seed("npy", "objects", array(np.zeros(2, np.float32)))
+    head = "@problemName p\n@timeStamps false\n@missing false\n@univariate {}\n@equalLength {}\n"
+    head += "@classLabel true a b\n@data\n"
+    seed("ts", "one", head.format("true", "true") + "1,2,3:a\n4,5,6.5:b\n")
+    seed("ts", "two", head.format("false", "false") + "1,2,3:4,5,6:a\n4,5:?,1e3:b\n")
+    seed(
+        "ts", "stamps", head.replace("timeStamps false", "timeStamps true").format("true", "false") + "(0,1),(1,2):a\n"
+    )
+    seed("tsv", "plain", "1\t0.5\t0.25\t1e3\n2\t1\t-2\tNaN\n")
+    seed(
+        "arff",
+        "one",
+        "@relation r\n@attribute a1 numeric\n@attribute a2 numeric\n@attribute c {a,b}\n@data\n1,2,a\n3,?,b\n",
+    )
+    seed(
+        "arff", "two", "@relation r\n@attribute b relational\n@attribute c {a,b}\n@data\n'1,2\\n3,4',a\n'5,6\\n7,8',b\n"
+    )
+
+
+def containers() -> None:
+    """Tables and archives."""
+    png = image("PNG")
+    tables = {
+        "images": pa.table({"image": [{"bytes": png, "path": "a"}, {"bytes": png, "path": "b"}], "label": [0, 1]}),
+        "binary": pa.table({"image": [png, png], "label": ["a", "b"]}),
+        "series": pa.table({"series": [[1.0, 2.0], [3.0, 4.0]], "label": [0, 1]}),
+        "channels": pa.table({"x": [[[1.0, 2.0], [0.0, 1.0]], [[3.0], [4.0]]], "label": ["a", "b"]}),
+    }
+    for name, table in tables.items():
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        seed("parquet", name, sink.getvalue())
+        for form, make in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+            sink = io.BytesIO()
+            with make(sink, table.schema) as writer:
+                writer.write_table(table)
+            seed("arrow", f"{name}-{form}", sink.getvalue())
+    for name, members in (
+        ("images", [("a.png", png), ("a.cls", b"0"), ("b.png", png), ("b.json", b'{"label": 1}')]),
+        (
+            "series",
+            [("d/a.npy", array(SERIES[0])), ("d/a.cls", b"u"), ("d/b.npy", array(SERIES[1])), ("d/b.txt", b"v")],
+        ),
+        ("long", [("n" * 150 + ".png", png), ("n" * 150 + ".cls", b"1")]),
+    ):
+        for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+            sink = io.BytesIO()
+            with tarfile.open(fileobj=sink, mode="w", format=form) as archive:
+                for member, content in members:
+                    told = tarfile.TarInfo(member)
+                    told.size = len(content)
+                    archive.addfile(told, io.BytesIO(content))
+            seed("tar", f"{name}-{form}", sink.getvalue().rstrip(b"\0") + bytes(1024))
+
+
+def documents() -> None:
+    """Models, settings, and the files of a run."""
+    torch.manual_seed(0)
+    folder = CORPUS / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = Spec("image", (3, 8, 8), ("a", "b"))
+    save_model(folder, create("resnet18-w1", spec), "resnet18-w1", spec)
+    seed("card", "plain", (folder / "model.json").read_bytes())
+    seed("weights", "plain", (folder / "model.safetensors").read_bytes())
+    shutil.rmtree(folder)
+    path = seed("state", "plain", b"")
+    save_state(
+        path, {"fit": {"epoch": 2, "w": torch.ones(2), "list": [1, None, "a", True]}, "history": [{"loss": 0.5}]}
+    )
+    seed("json", "plain", '{"a": [1, 2.5, null, true, "\\u00e9"], "b": {"c": -1e-3}}')
+    seed("settings", "plain", 'epochs = 3\nimage-size = 32\ndefense = "none"\n[set]\nmain.epochs = 2\nrate = 0.5\n')
+    seed(
+        "grid",
+        "plain",
+        '[profile.quick]\nepochs = 1\n[[cells]]\ndata = ["digits"]\nattacks = ["badnets", {name = '
+        '"blend", options = {rate = 0.2}, label = "B", x = 1}]\nrates = [0.1]\ndefenses = ["none"]\nseeds = [0]\n'
+        '[[override]]\nwhere = {data = "digits"}\nset = {epochs = 2}\n[[exclude]]\nwhere = {attack = ["blend"]}\n'
+        'reason = "r"\n[[table]]\nid = "t"\n',
+    )
+    seed("truth", "plain", "id,role,label,true_label,target\n0,clean,0,0,1\n1,poison,1,0,1\n")
+    table = pd.DataFrame(
+        {
+            "id": ["a/0.png", "=b"],
+            "label": ["x", "y"],
+            "score": [0.5, 0.25],
+            "probability": [0.9, 0.1],
+            "flagged": [True, False],
+            "suggested_label": ["y", ""],
+            "reason": ["learned early", ""],
+        }
+    )
+    write_csv(seed("run_suspects", "plain", b""), table)
+    seed(
+        "run_verdict",
+        "plain",
+        json.dumps(
+            {
+                "poisoned": True,
+                "confidence": 0.9,
+                "target_classes": ["x"],
+                "estimated_rate": 0.1,
+                "evidence": ["Because."],
+                "references": [],
+            }
+        ),
+    )
+    seed(
+        "run_metrics",
+        "plain",
+        json.dumps(
+            {
+                "clean_accuracy": {"value": 0.5, "count": 1, "n": 2},
+                "cost": {"seconds": 3, "steps": 10},
+                "detection": {"auroc": 0.9},
+            }
+        ),
+    )
+    rows = [{"stage": "main", "epoch": k, "steps": k, "seconds": 0.1, "main_loss": 1 / k} for k in (1, 2)]
+    seed("run_history", "plain", "".join(json.dumps(row) + "\n" for row in rows))
+    gallery = io.BytesIO()
+    np.savez(gallery, ids=np.array(["a/0.png", "=b"]), x=PIXELS.transpose(0, 2, 3, 1))
+    seed("run_gallery", "plain", gallery.getvalue())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`antibackdoor bench`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from antibackdoor.cli.frame import MEASURE, app, examples
+from antibackdoor.cli.options import Device, Quiet, console
+from antibackdoor.errors import InputError
+
+
+class Engine(StrEnum):
+    """Where the cells of a benchmark run."""
+
+    local = "local"
+    ray = "ray"
+
+
+class TableFormat(StrEnum):
+    """How tables are printed."""
+
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
+
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "antibackdoor bench grid.toml --out results --plan    what is missing",
+        "antibackdoor bench grid.toml --out results           run it, or go on",
+        "antibackdoor bench --out results --table             only the tables",
+    ),
+)
+def bench(
+    grid: Annotated[Path | None, typer.Argument(metavar="GRID.toml", help="Which cells to run.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="The ledger: one JSON a cell; what lies anywhere under it is not run again."),
+    ] = Path("results"),
+    profile: Annotated[str | None, typer.Option(help="One of the grid's profiles.", show_default="its first")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only tell which cells are done and missing, and how long they will take.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only print tables: those that the grid declares, or of the whole ledger.")
+    ] = False,
+    form: Annotated[TableFormat, typer.Option("--format", help="Of the tables.")] = TableFormat.markdown,
+    engine: Annotated[Engine, typer.Option(help="Processes on this machine, or a Ray cluster.")] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Cells at once on this machine; 0: no processes.", show_default="one a core"),
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray: of the cluster; auto finds one on this machine.")] = None,
+    cpus: Annotated[float, typer.Option("--cpus-per-cell", min=0, help="Ray: CPUs that a cell takes.")] = 1,
+    gpus: Annotated[float, typer.Option("--gpus-per-cell", min=0, help="Ray: GPUs that a cell takes.")] = 0,
+    stages: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where checkpoints of unfinished cells are kept (OUT/.stages).")
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of attacks x defenses x models x data sets x rates x seeds; resumable; several may share a ledger."""
+    from antibackdoor.bench.declared import tables_text
+    from antibackdoor.bench.engines import make_engine
+    from antibackdoor.bench.grid import read_grid
+    from antibackdoor.bench.ledger import Ledger
+    from antibackdoor.bench.machine import cores
+    from antibackdoor.bench.plan import Estimates, plan_text
+    from antibackdoor.bench.run import run_cells
+    from antibackdoor.progress import show_cells
+
+    if grid is None and not table:
+        raise InputError("give a grid to run, or --table to see what the ledger holds.")
+    read = None if grid is None else read_grid(grid, profile)
+    cells, ledger, broken = [] if read is None else read.cells(), Ledger(out), []
+    if plan and read is not None:
+        names = [name for cell in cells if (name := cell.name()) in ledger]
+        typer.echo(
+            plan_text(
+                cells, read.excluded(), names, Estimates(out, device), max(1, cores() if workers is None else workers)
+            )
+        )
+        return
+    if not table:
+        chosen = make_engine(engine.value, workers=workers, address=address, cpus=cpus, gpus=gpus)
+        with show_cells(console(stderr=True), quiet=quiet) as watcher:
+            broken = run_cells(
+                cells, ledger, chosen, stages=(stages or out / ".stages").resolve(), device=device, watcher=watcher
+            )
+    if not quiet or table:
+        typer.echo(tables_text(read, out, form.value))
+    if broken:
+        raise InputError(f"{len(broken)} of {len(cells)} cells broke; their *.error.json in {out} tell why.")

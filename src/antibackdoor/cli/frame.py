@@ -1,0 +1,130 @@
+"""What every command runs within: what goes wrong becomes one sentence and a status, a signal an orderly end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import sys
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from antibackdoor.errors import InputError, visible
+
+DEBUG = "ANTIBACKDOOR_DEBUG"
+JSON = "antibackdoor.json"
+"""Whether a program waits for JSON that was not printed yet."""
+ORDER = ("train", "scan", "review", "predict", "export", "report", "demo", "poison", "bench", "list", "doctor")
+"""Of the commands in the help."""
+DEFEND, MEASURE, ABOUT = "Defend", "Try and measure", "Find your way"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it, ends a command as orderly as Ctrl-C does."""
+
+
+class Group(TyperGroup):
+    """Turns what goes wrong into a sentence and an exit status; ANTIBACKDOOR_DEBUG=1 shows tracebacks."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands in the order in which one needs them."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words of the command for the hint after an interruption."""
+        ctx.meta["antibackdoor.words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            fail(str(error), 2, as_json=ctx.meta.get(JSON, False))
+        except KeyboardInterrupt as stop:
+            words = ctx.meta["antibackdoor.words"]
+            again = words + (["--resume"] if "--resume" not in words and words[:1] != ["bench"] else [])
+            resumable = words[:1] in (["train"], ["scan"], ["bench"])
+            hint = f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."
+            terminated = isinstance(stop, Terminated)
+            fail(("terminated" if terminated else "interrupted") + hint, 143 if terminated else 130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            fail(visible(f"{where}{error.strerror or error}."), 2, as_json=ctx.meta.get(JSON, False))
+        except MemoryError:
+            fail("the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
+
+
+def examples(*lines: str) -> str:
+    """Lines for the end of a help text, one below the other."""
+    return "\n".join(("Examples:", *lines))
+
+
+app = typer.Typer(
+    cls=Group,
+    name="antibackdoor",
+    help="Train a clean model on images or time series nobody vouches for, and name the samples that look poisoned.",
+    epilog=examples(
+        "antibackdoor demo                      see it work; the data come along",
+        "antibackdoor train photos --out run    your own: a folder for each class",
+        "antibackdoor review run                go through the suspects, export",
+        "antibackdoor doctor                    what this machine has and lacks",
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def fail(sentence: str, status: int, *, as_json: bool = False) -> NoReturn:
+    """End with the sentence on stderr, for programs on stdout too; or, if that is wanted, with the traceback."""
+    if os.environ.get(DEBUG) and sys.exc_info()[1] is not None:
+        raise  # noqa: PLE0704 (called while an exception is handled)
+    typer.echo(sentence if status in (130, 143) else f"error: {sentence}", err=True)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"error": sentence}, indent=2))
+    raise typer.Exit(status)
+
+
+def end_orderly() -> None:
+    """Let SIGTERM unwind the command as Ctrl-C does, so that it closes what it holds and says how to go on."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def main() -> None:
+    """Entry point of the `antibackdoor` command."""
+    # Threads that spin while they wait make a training many times slower where cores are shared with other programs.
+    # Read when torch is loaded, so it must be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    end_orderly()
+    try:
+        app()
+    except SystemExit as end:
+        # Before and after the command itself, the framework makes a silent exit of an interruption.
+        stop = getattr(end.__context__, "__cause__", None)
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        terminated = isinstance(stop, Terminated)
+        typer.echo("terminated." if terminated else "interrupted.", err=True)
+        sys.exit(143 if terminated else 130)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        reason = visible(str(error).splitlines()[0])[:500] if str(error) else "no message"
+        typer.echo(
+            f"error: something unexpected went wrong ({type(error).__name__}: {reason}); "
+            f"set {DEBUG}=1 to see the traceback.",
+            err=True,
+        )
+        sys.exit(1)
