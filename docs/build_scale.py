@@ -41,16 +41,12 @@ grows with the set is below, in bytes a sample. Series are read from disk out of
 
 ## Many devices
 
-```bash
-antibackdoor train photos --out run --devices 4
-torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python \\
-    antibackdoor train photos --out run --devices 4 --nodes 2
-```
-
-On one machine the command starts one process a device; on several, torchrun does. In Python it is `devices=` of
-`train` and `scan`, in a program that does so under `if __name__ == "__main__":`. The number of devices changes how
-fast a run is, not what it finds: the batch size of the recipe is that of all devices together, with the same steps,
-rates and order of samples, and a run that was begun on two devices can be resumed on one.
+On one machine, `antibackdoor train photos --out run --devices 4` starts one process a device. On several, torchrun does,
+on each of them: `torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python`,
+then `antibackdoor train photos --out run --devices 4 --nodes 2`. In Python it is `devices=` of `train` and `scan`, in a
+program that does so under `if __name__ == "__main__":`. The number of devices changes how fast a run is, not what it
+finds: the batch size of the recipe is that of all devices together, with the same steps, rates and order of samples,
+and a run that was begun on two devices can be resumed on one.
 
 - **Split**: what a network computes, forwards and backwards, in training; scoring passes and evaluation.
 - **Not split**: every device holds the samples, draws the same order and augments the whole batch, which is little
