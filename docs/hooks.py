@@ -9,9 +9,8 @@ from typing import Any
 from typer.testing import CliRunner
 
 from antibackdoor.cli import app
+from antibackdoor.cli.frame import ORDER
 from antibackdoor.listing import listing
-
-COMMANDS = ("train", "scan", "review", "predict", "export", "poison", "bench", "list", "report", "doctor", "demo")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -40,12 +39,10 @@ def tables() -> str:
 
 def helps() -> str:
     """The help text of every command."""
-    known = CliRunner().invoke(app, ["--help"]).output
     parts = []
-    for command in COMMANDS:
-        if re.search(rf"\b{command}\b", known):
-            text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "96"}, prog_name="antibackdoor").output
-            parts += [f"## {command}", "", "```text", text.strip("\n"), "```", ""]
+    for command in ORDER:
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "96"}, prog_name="antibackdoor").output
+        parts += [f"## {command}", "", "```text", text.strip("\n"), "```", ""]
     return "\n".join(parts)
 
 

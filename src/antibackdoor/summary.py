@@ -41,7 +41,8 @@ def print_summary(console: Console, result: Findings, folder: Path) -> None:
     verdict, flagged, n = result.verdict, int(result.suspects["flagged"].sum()), len(result.suspects)
     if verdict.poisoned:
         classes = ", ".join(repr(plain(name, 60)) for name in verdict.target_classes)
-        head = f"[bold red]This data looks poisoned[/], towards the class {escape(classes)}"
+        word = "class" if len(verdict.target_classes) == 1 else "classes"
+        head = f"[bold red]This data looks poisoned[/], towards the {word} {escape(classes)}"
     else:
         head = "[bold green]No poison was found[/]"
     if verdict.confidence:

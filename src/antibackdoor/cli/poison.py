@@ -36,7 +36,7 @@ class Format(StrEnum):
     rich_help_panel=MEASURE,
     epilog=examples(
         "antibackdoor poison digits --attack badnets --rate 0.1 --target 0 --out poisoned",
-        "antibackdoor poison photos --attack blend --format folder --out poisoned",
+        "antibackdoor poison photos --test held-out --attack blend --format folder --out poisoned",
         "antibackdoor list attacks blend       its hyper-parameters",
     ),
 )
