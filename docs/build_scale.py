@@ -41,7 +41,7 @@ grows with the set is below, in bytes a sample. Series are read from disk out of
 
 ## Many devices
 
-On one machine, `antibackdoor train photos --out run --devices 4` starts one process a device. On several, torchrun does,
+On one machine, `antibackdoor train photos --out run --devices 4` starts a process for each. On several, torchrun does,
 on each of them: `torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python`,
 then `antibackdoor train photos --out run --devices 4 --nodes 2`. In Python it is `devices=` of `train` and `scan`, in a
 program that does so under `if __name__ == "__main__":`. The number of devices changes how fast a run is, not what it
