@@ -37,7 +37,35 @@ The copy lies beside the data (`.photos.cache`) or in `$ANTIBACKDOOR_CACHE`. It 
 changes its name, size or time, or when another image size is asked for; sample ids stay those of the files, and
 training gives the same weights as in memory. A process holds on to at most 64 MiB of the file at a time; what else
 grows with the set is below, in bytes a sample. Series are read from disk out of an `.npz`; series in text files
-(`.ts`, `.tsv`, `.arff`), shards and parquet are read into memory whole. One run uses one device.
+(`.ts`, `.tsv`, `.arff`), shards and parquet are read into memory whole.
+
+## Many devices
+
+On one machine, `antibackdoor train photos --out run --devices 4` starts a process for each. On several, torchrun does,
+on each of them: `torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python`,
+then `antibackdoor train photos --out run --devices 4 --nodes 2`. In Python it is `devices=` of `train` and `scan`, in a
+program that does so under `if __name__ == "__main__":`. The number of devices changes how fast a run is, not what it
+finds: the batch size of the recipe is that of all devices together, with the same steps, rates and order of samples,
+and a run that was begun on two devices can be resumed on one.
+
+- **Split**: what a network computes, forwards and backwards, in training; scoring passes and evaluation.
+- **Not split**: every device holds the samples, draws the same order and augments the whole batch, which is little
+  work beside the network's. In many small processes on slow links the exchange of batch statistics costs more than is
+  gained: give each device 32 samples or more of a batch.
+- **Gathered**: the logits of every batch and of every scoring pass, each row where its sample belongs, none twice. All
+  devices compute the same losses, ranking and partition from the same logits. Gradients are averaged, in one message a
+  step after the backward pass.
+- **Batch norm** uses mean and variance of the whole batch, whatever the layer is called. Statistics of shares would
+  make the training depend on the number of devices, and those of a few samples are poor.
+- **Whole on every device**, so right but no faster: a batch of which a device would get less than two samples, and a
+  stage whose objective looks into the network by hooks (the distillation of `nad`, the second stage of `dbr`).
+- **Equal**: all defenses give the partition and flags of one device, and its weights up to rounding, which tests
+  show in float64 on two processes of one CPU. In float32 rounding differs as it does between two numbers of threads,
+  and a training makes much of little. Dropout draws other numbers.
+- **Failure** of one device ends all, with its sentence and status 2. Only the first writes.
+
+**Not tested**: several GPUs, several machines, and any speed. The folder of the run need only be seen by the first
+process; the data must be where each can read them.
 
 """
 

@@ -31,6 +31,7 @@ from antibackdoor.report import build_report
 from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
 from antibackdoor.tracking import Tracking
 from antibackdoor.training.job import Job, make_fabric
+from antibackdoor.training.launch import Program, check_devices, first, processes
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
@@ -120,6 +121,8 @@ def train(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -137,9 +140,12 @@ def train(
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
     weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
     differs. track: experiment trackers to tell, "tensorboard", "mlflow", "wandb"; needs `out`.
+    devices, nodes: on how many devices of each of how many machines; the result is that of one device, but for the last
+    bits. On one machine the other processes are started here, on several by torchrun.
     experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
     them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
+    arguments = dict(locals())
     method = make_defense(defense, options)
     extras = {} if clean is None else {"clean": _splits(clean).train}
     check_given(defense, method, extras)
@@ -161,8 +167,11 @@ def train(
         experiment=experiment,
         extras=extras,
         weights=weights,
+        devices=devices,
+        nodes=nodes,
+        program=(train, arguments),
     ) as (splits, job):
-        tracking = Tracking(track, job.folder)
+        tracking = Tracking(track if first(devices * nodes) else (), job.folder)
         tracking.begin({**config, "seed": seed})
         job.progress = tracking.watch(job.progress)
         outcome = method.run(job)
@@ -199,14 +208,19 @@ def open_run(
     resume: bool,
     progress: Progress | None,
     experiment: Experiment | None,
+    devices: int,
+    nodes: int,
+    program: Program,
     extras: Mapping[str, Data] | None = None,
     weights: str | Path | None = None,
 ) -> Iterator[tuple[Splits, Job]]:
     """What every run starts with: data and settings checked, then the run folder, held till the end, and a job in it.
 
     config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
-    is given, as "clean". weights: a file that every model starts from. Raises InputError before anything is written.
+    is given, as "clean". weights: a file that every model starts from. program: what called this, for the processes of
+    other devices, which keep nothing and say nothing. Raises InputError before anything is written.
     """
+    check_devices(device, devices, nodes)
     splits = _splits(data)
     check_trainable(splits.train)
     if epochs is not None and epochs < 1:
@@ -221,8 +235,8 @@ def open_run(
     pretrained = None if weights is None else read_weights(Path(weights))
     if pretrained is not None:
         take_weights(fresh, pretrained, weights)
-    fabric = make_fabric(device, precision)
-    folder = Path(out) if out is not None else None
+    make_fabric(device, precision)
+    folder = Path(out) if out is not None and first(devices * nodes) else None
     with ExitStack() as stack:
         if folder is not None:
             told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
@@ -231,18 +245,28 @@ def open_run(
             write_json(folder / "data.json", describe_data(splits))
             if experiment is not None:
                 write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
+        silent = {"data": splits, "out": None, "resume": False, "progress": None}
+        run, arguments = program
+        stack.enter_context(processes(devices, nodes, (run, {**arguments, **silent}), _shared_bytes(splits)))
+        fabric = make_fabric(device, precision, devices, nodes)
         job = Job(
             splits.train,
             model=model,
             seed=seed,
             fabric=fabric,
             folder=folder,
-            progress=progress,
+            progress=progress if first(devices * nodes) else None,
             extras=given,
             epochs=epochs,
             weights=pretrained,
         )
         yield splits, job
+
+
+def _shared_bytes(splits: Splits) -> int:
+    """What the samples take in memory, where they are there."""
+    parts = [part.x for part in (splits.train, splits.test) if part is not None]
+    return sum(x.nbytes for x in parts if isinstance(x, Tensor))
 
 
 def model_name(model: str | nn.Module) -> str:

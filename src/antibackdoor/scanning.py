@@ -37,6 +37,8 @@ def scan(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -44,11 +46,12 @@ def scan(
 ) -> Findings:
     """Score every sample of an untrusted set and give a verdict, without training a model for use.
 
-    data, seed, device, precision, out, resume, progress, experiment: as for `train`.
+    data, seed, device, precision, devices, nodes, out, resume, progress, experiment: as for `train`.
     detector: "auto" or a name; options: its hyper-parameters. model: what is trained where the detector needs a network
     (epochs: for so long). network: a finished one to judge with instead, any module that ends in a linear layer.
     `suspects["probability"]` is NaN where the detector estimates none. Raises InputError for bad input.
     """
+    arguments = dict(locals())
     method = make_detector(detector, options)
     if model == "auto":
         model = MODEL
@@ -71,6 +74,9 @@ def scan(
         resume=resume,
         progress=progress,
         experiment=experiment,
+        devices=devices,
+        nodes=nodes,
+        program=(scan, arguments),
     ) as (splits, job):
         outcome = method.run(job, None if network is None else _ready(network, job))
         job.write_history()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
@@ -177,6 +178,12 @@ class Running:
     precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.", rich_help_panel=MACHINE)] = (
         "auto"
     )
+    devices: Annotated[
+        int, typer.Option(min=1, help="Devices of this machine to train on together.", rich_help_panel=MACHINE)
+    ] = 1
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Machines to train on together; by torchrun.", rich_help_panel=MACHINE)
+    ] = 1
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False
     truth: Annotated[
         Path | None,
@@ -191,9 +198,16 @@ class Running:
     ] = False
     quiet: Quiet = False
 
+    def __post_init__(self) -> None:
+        # Of the processes that torchrun starts, the first speaks for all.
+        if self.devices * self.nodes > 1 and os.environ.get("RANK", "0") != "0":
+            for name, value in (("quiet", True), ("verbose", False), ("as_json", False)):
+                object.__setattr__(self, name, value)
+
     def given(self) -> dict[str, Any]:
         """As `antibackdoor.train` and `antibackdoor.scan` take it."""
-        return {"seed": self.seed, "device": self.device, "precision": self.precision, "resume": self.resume}
+        machine = {"device": self.device, "precision": self.precision, "devices": self.devices, "nodes": self.nodes}
+        return {"seed": self.seed, "resume": self.resume, **machine}
 
     def experiment(self, splits: Splits) -> Experiment | None:
         """The truth to measure against, if there is one."""

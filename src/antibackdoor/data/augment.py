@@ -144,7 +144,7 @@ def _equalized(x: Tensor) -> Tensor:
     """Each channel mapped by its own cumulative histogram of 256 levels, so that all levels are equally frequent."""
     levels = (x * 255).round().long().flatten(2)
     ones = torch.ones((), dtype=torch.float32, device=x.device).expand(levels.shape)
-    total = torch.zeros(*x.shape[:2], 256, device=x.device).scatter_add_(2, levels, ones).cumsum(2)
+    total = torch.zeros(*x.shape[:2], 256, dtype=torch.float32, device=x.device).scatter_add_(2, levels, ones).cumsum(2)
     first = total.gather(2, levels.amin(2, keepdim=True))
     table = ((total - first) / (levels.shape[2] - first).clamp(min=1)).clamp(0, 1)
     return torch.where(levels.shape[2] > first, table.gather(2, levels), x.flatten(2)).view_as(x).to(x.dtype)
@@ -239,5 +239,5 @@ def _distort(
     start = _uniform((n, 1), 0, 1, generator, positions) * (count - wide)
     step = torch.arange(length, device=x.device)
     x = x.masked_fill(((step >= start) & (step < start + wide))[:, None, :] & blank, 0)
-    lost = F.one_hot(_integers(n, 0, c - 1, generator, x).squeeze(1), c).bool()[:, :, None] & drop
+    lost = (torch.arange(c, device=x.device) == _integers(n, 0, c - 1, generator, x))[:, :, None] & drop
     return _blank(x.masked_fill(lost, 0) if c > 1 else x, count)

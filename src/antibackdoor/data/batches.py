@@ -14,27 +14,45 @@ from antibackdoor.data.core import Data
 
 @dataclass(frozen=True)
 class Batch:
-    """x: float `(b, C, H, W)` in [0, 1] or `(b, C, T)`; y: labels as given; rows: row numbers; all on one device."""
+    """x: float `(b, C, H, W)` in [0, 1] or `(b, C, T)`; y: labels as given; rows: row numbers; all on one device.
+
+    known: the row numbers in main memory, for what must be decided without waiting for the device; None where only that
+    knows them.
+    """
 
     x: Tensor
     y: Tensor
     rows: Tensor
     lengths: Tensor | None
+    known: Tensor | None = None
 
 
 def to_device(data: Data, device: torch.device) -> Data:
-    """The set with labels, and samples where they are one tensor in memory, moved to the device once."""
-    x = data.x.to(device) if isinstance(data.x, Tensor) else data.x
+    """The set with labels moved to the device once, and samples where they are one tensor and leave half of it free."""
+    x = data.x.to(device) if isinstance(data.x, Tensor) and _fits(data.x, device) else data.x
     lengths = None if data.lengths is None else data.lengths.to(device)
     return replace(data, x=x, y=data.y.to(device), lengths=lengths)
 
 
+def _fits(x: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or 2 * x.nbytes < torch.cuda.mem_get_info(device)[0]
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values from main memory on the device, without the program waiting for it: by way of pinned memory."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def gather(data: Data, rows: Tensor, device: torch.device) -> Batch:
     """One decoded batch of these rows."""
-    rows = rows.to(device)
-    x = data.spec.decode(data.x[rows].to(device, non_blocking=True))
+    known = rows if rows.device.type == "cpu" else None
+    rows = sent(rows, device)
+    there = isinstance(data.x, Tensor) and data.x.device == rows.device
+    x = data.spec.decode(data.x[rows] if there else sent(data.x[rows.cpu() if known is None else known], device))
     lengths = None if data.lengths is None else data.lengths[rows]
-    return Batch(x, data.y[rows], rows, lengths)
+    return Batch(x, data.y[rows], rows, lengths, known)
 
 
 def steps_per_epoch(n: int, size: int) -> int:

@@ -6,6 +6,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,18 @@ class MemoryMap:
     """
 
     def __init__(self, array: np.ndarray, order: tuple[int, ...] | None = None):
+        self._source = array, order
         self.array = array if order is None else array.transpose(order)
         self.dtype = torch.from_numpy(np.empty(0, self.array.dtype)).dtype
         self._map: mmap.mmap | None = getattr(array, "_mmap", None)
         self._touched = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process of the run: the place in the file in place of what stands there."""
+        array, order = self._source
+        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.filename is not None:
+            return _mapped, (str(array.filename), array.dtype.str, array.offset, array.shape, order)
+        return MemoryMap, (array, order)
 
     @property
     def shape(self) -> Sequence[int]:
@@ -48,6 +57,10 @@ class MemoryMap:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
         return torch.from_numpy(found)
+
+
+def _mapped(file: str, dtype: str, offset: int, shape: tuple[int, ...], order: tuple[int, ...] | None) -> MemoryMap:
+    return MemoryMap(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape), order)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def sensitivity(model: nn.Module, job: Job, transform: str, looks: int) -> Tenso
             moved = replace(batch, x=augment(batch.x, job.data.spec, rng, batch.lengths))
             return (embed(model, batch).float() - embed(model, moved).float()).square().mean(1)
 
-        total += logits_of(model, job.data, job.fabric, call=change)
+        total += logits_of(model, job.data, job.fabric, call=change, in_turn=True)
     return total.double() / looks
 
 
@@ -85,7 +85,8 @@ class UnlearnRelearn(Unlearn):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Climb for some, descend for the others."""
-        signs = 1 - 2 * self.poison.to(batch.rows.device)[batch.rows].float()
+        self.poison = self.poison.to(batch.rows.device)
+        signs = 1 - 2 * self.poison[batch.rows].float()
         return self.step(model, batch, signs)
 
 

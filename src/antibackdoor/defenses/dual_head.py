@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antibackdoor.data.batches import Batch
+from antibackdoor.data.batches import Batch, sent
 from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
@@ -151,7 +152,7 @@ class Dual(Objective):
         device = self.job.fabric.device
         use_recovered = self._ready(partition.epoch) or self.options.control == "unlearn"
         in_main = ~partition.isolated | partition.recovered if use_recovered else ~partition.isolated
-        self.in_main, self.labels = in_main.to(device), partition.labels.to(device)
+        self.in_main, self.labels = in_main, partition.labels.to(device)
         self.isolated = partition.isolated.to(device)
         sign = torch.ones(len(in_main))
         if self.options.control == "unlearn":
@@ -161,13 +162,15 @@ class Dual(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Eq. 4 in one pass; every sample weighs the same, whichever head it goes to."""
-        rows, use = batch.rows, self.in_main[batch.rows]
+        # In main memory: how many samples go to the main head must be known before the device has come so far.
+        rows, use = batch.rows, self.in_main[batch.rows.cpu() if batch.known is None else batch.known]
+        own = sent(torch.from_numpy(np.flatnonzero(use.numpy())), rows.device)
         assert isinstance(model, Tap)
         main, second = model(batch.x, batch.lengths, main=use, detach=self.options.stem_gradient == "detached")
-        main_losses = F.cross_entropy(main.float(), self.labels[rows][use], reduction="none")
+        main_losses = F.cross_entropy(main.float(), self.labels[rows[own]], reduction="none")
         second_losses = F.cross_entropy(second.float(), batch.y, reduction="none")
-        total = (main_losses * self.sign[rows][use]).sum() + (second_losses * self.isolated[rows]).sum()
-        seen = torch.full_like(second_losses, torch.nan).masked_scatter(use, main_losses.detach())
+        total = (main_losses * self.sign[rows[own]]).sum() + (second_losses * self.isolated[rows]).sum()
+        seen = torch.full_like(second_losses, torch.nan).index_copy(0, own, main_losses.detach())
         return Step(total / len(rows), {"main": seen, "second": second_losses.detach()})
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:

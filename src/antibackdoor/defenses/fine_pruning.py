@@ -60,7 +60,7 @@ def activations(model: nn.Module, linear: nn.Linear, channels: int, data: Data, 
 
     handle = linear.register_forward_pre_hook(record)
     try:
-        logits_of(model, data, job.fabric)
+        logits_of(model, data, job.fabric, in_turn=True)
     finally:
         handle.remove()
     return total / len(data)

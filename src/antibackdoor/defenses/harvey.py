@@ -34,7 +34,8 @@ class OnlyPoison(Objective):
         """Learn the one side, forget the other."""
         log_p = F.log_softmax(forward(model, batch).float(), dim=1)
         learned = -log_p.gather(1, batch.y[:, None]).squeeze(1)
-        poison = self.poison.to(batch.rows.device)[batch.rows]
+        self.poison = self.poison.to(batch.rows.device)
+        poison = self.poison[batch.rows]
         values = torch.where(poison, learned, -log_p.mean(1))
         share = poison.float().mean().clamp(0.5 / len(poison), 1)
         weights = torch.where(poison, 0.5 / share, 0.5 / (1 - share).clamp_min(0.5 / len(poison)))

@@ -83,12 +83,13 @@ class Hearing(Objective):
     def _assign(self, epoch: int, labels: Tensor) -> None:
         self.labels = labels.to(self.job.fabric.device)
         learns = labels != OUT
+        self.learns = learns.nonzero().flatten().to(self.labels.device)
         self.partitions.append(Partition(epoch, ~self.trusted, learns & ~self.trusted, labels.clamp(min=0)))
 
     def prepare(self, plain: Batch, augment: Augment, rng: torch.Generator) -> Batch:
         """Samples without a label at present give their places to random ones that have one: as many steps as ever."""
         rows = plain.rows
-        learns = (self.labels != OUT).nonzero().flatten()
+        learns = self.learns
         others = learns[torch.randint(len(learns), (len(rows),), generator=rng, device=learns.device)]
         batch = gather(self.job.data, torch.where(self.labels[rows] == OUT, others, rows), self.job.fabric.device)
         batch = replace(batch, y=self.labels[batch.rows])
@@ -157,7 +158,7 @@ class Hearing(Objective):
     @property
     def acquitted(self) -> bool:
         """Whether there was a hearing and no class was found to be attacked."""
-        return any(finding["n"] for finding in self.findings) and not self._attacked().any()
+        return any(finding["n"] for finding in self.findings) and not any(f["attacked"] for f in self.findings)
 
     def _attacked(self) -> Tensor:
         return torch.tensor([bool(finding["attacked"]) for finding in self.findings])
@@ -177,6 +178,7 @@ class Hearing(Objective):
         """Back to them."""
         self.partitions = [Partition(*values) for values in state["partitions"]]
         self.labels = state["labels"].to(self.job.fabric.device)
+        self.learns = (self.labels != OUT).nonzero().flatten()
         self.average.steps, self.findings = state["average"]["steps"], state["findings"]
         for name, value in self.average.values.items():
             value.copy_(state["average"]["values"][name])

@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from antibackdoor.data.batches import sent
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.models.blocks import call, choose_tap, feature_map, find_taps, undisturbed
 from antibackdoor.models.layers import ConvNorm, State, average, he_init
@@ -85,18 +87,22 @@ class Tap(nn.Module):
 
     def shallow(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits of the second head, `(n, K)`; the deep part does not run."""
-        _, output = self._run(self.second_backbone or self.backbone, x, lengths, torch.empty(0, dtype=torch.long))
-        return self._second(output, detach=False)
+        logits: Tensor = self(x, lengths, main=torch.empty(0, dtype=torch.long))[1]
+        return logits
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, main: Tensor | None = None, detach: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Logits of the main head for the rows `main` (bool mask, row numbers, None = all), and of the second for all.
 
+        A mask had better be in main memory: the size of what follows depends on it.
+
         detach: no gradient from the second head into the shallow part. With no row in `main` the deep part does not
         run, and the first logits are `(0, K)`.
         """
-        rows = main.nonzero().squeeze(1) if main is not None and main.dtype == torch.bool else main
+        rows = main
+        if main is not None and main.dtype == torch.bool:  # found in main memory, where nothing has to be waited for
+            rows = sent(torch.from_numpy(np.flatnonzero(main.cpu().numpy())), x.device)
         if self.second_backbone is None:
             logits, output = self._run(self.backbone, x, lengths, rows)
             second = self._second(output, detach)

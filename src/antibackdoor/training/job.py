@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
-from antibackdoor.data.batches import to_device
+from antibackdoor.data.batches import gather, to_device
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.files import Tree, load_state, save_state, write_text
@@ -23,13 +27,14 @@ from antibackdoor.models.pretrained import take_weights
 from antibackdoor.seeds import derive
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import Objective
+from antibackdoor.training.team import agree
 
 Watch: TypeAlias = Callable[[str, nn.Module], dict[str, Any]]
 R = TypeVar("R", bound=Recipe)
 
 
-def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
-    """A one-device Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps".
+def make_fabric(device: str = "auto", precision: str = "auto", devices: int = 1, nodes: int = 1) -> Fabric:
+    """A Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps". devices, nodes: see `training.launch`.
 
     precision "auto" is bf16 where the hardware has it (a GPU of compute capability 8 or more, a CPU with AVX512-BF16 or
     AMX) and float32 elsewhere: emulated bf16 on a CPU is ten times slower than float32.
@@ -39,7 +44,6 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
         raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N, mps.")
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available here; use --device cpu or auto.")
-    devices: Any = [int(index)] if index else 1
     if precision == "auto":
         if accelerator != "cpu" and torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -48,7 +52,15 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
             checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
             fast = any(check() for check in checks if check is not None)
         precision = "bf16-mixed" if fast else "32-true"
-    return Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
+    several: dict[str, Any] = {"devices": [int(index)] if index else devices}
+    if devices * nodes > 1:
+        strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment())
+        several = {"devices": devices, "num_nodes": nodes, "strategy": strategy}
+    fabric = Fabric(accelerator=accelerator, precision=precision, **several)  # type: ignore[arg-type]
+    if devices * nodes > 1:
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it greets every run
+        fabric.launch()
+    return fabric
 
 
 class Job:
@@ -112,12 +124,13 @@ class Job:
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over (at most 4,096 of) the samples, padding left out."""
-        rows = torch.linspace(0, len(self.data) - 1, min(len(self.data), 4096)).long().to(self.fabric.device)
-        x = self.data.spec.decode(self.data.x[rows].to(self.fabric.device)).flatten(2)
-        if self.data.lengths is None:
+        rows = torch.linspace(0, len(self.data) - 1, min(len(self.data), 4096)).long()
+        batch = gather(self.data, rows, self.fabric.device)
+        x = batch.x.flatten(2)
+        if batch.lengths is None:
             valid = torch.ones_like(x[:, :1])
         else:
-            valid = (torch.arange(x.shape[2], device=x.device) < self.data.lengths[rows, None, None]).float()
+            valid = (torch.arange(x.shape[2], device=x.device) < batch.lengths[:, None, None]).float()
         count = valid.sum() if valid.shape[1] == 1 else valid.sum((0, 2))
         mean = (x * valid).sum((0, 2)) / count
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
@@ -138,8 +151,9 @@ class Job:
     def keep(self, name: str, make: Callable[[], Tree]) -> Tree:
         """The result of `make()`, computed once: a resumed run reads it from the run folder."""
         path = self._stage(name)
-        if path is not None and path.exists():
-            return load_state(path)
+        kept = self._kept(path)
+        if kept is not None:
+            return kept
         value = make()
         if path is not None:
             save_state(path, value)
@@ -175,13 +189,16 @@ class Job:
             fabric=self.fabric,
         )
         path, first = self._stage(name), len(self.history)
-        if path is not None and path.exists():
-            state = load_state(path)
+        state = self._kept(path)
+        if state is not None:
             try:
                 stage.load(state["fit"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f"{path} does not fit this version or these settings ({error}); delete it.") from None
+                raise InputError(
+                    f"{path or 'a stage'} does not fit this version or these settings ({error}); delete it."
+                ) from None
             self.history += state["history"]
+        agree(chain(model.parameters(), model.buffers()), self.fabric)
         self.progress.start(name, stage.epochs, stage.steps)
         saved = time.monotonic()
         while not stage.finished:
@@ -195,6 +212,11 @@ class Job:
                 save_state(path, {"fit": stage.state(), "history": self.history[first:]})
                 self.write_history()
                 saved = time.monotonic()
+
+    def _kept(self, path: Path | None) -> Tree | None:
+        """What a stage left behind; None where there is nothing. Only the first device has a folder, and tells all."""
+        found = load_state(path) if path is not None and path.exists() else None
+        return self.fabric.broadcast(found) if self.fabric.world_size > 1 else found
 
     def write_history(self) -> None:
         """Write `history.jsonl` as it stands, one row an epoch and stage."""

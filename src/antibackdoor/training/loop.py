@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from antibackdoor.files import Tree
 from antibackdoor.options import options
 from antibackdoor.seeds import derive, generator
 from antibackdoor.training.objectives import Objective
+from antibackdoor.training.team import agree, average_gradients, shared_out
 
 
 @options
@@ -146,21 +147,25 @@ class Fit:
         records: dict[str, Tensor] = {}
         self.model.train()
         self.objective.before_epoch(self.model, self.epoch)
+        share = shared_out(self.model, self.fabric)
         batches = (shuffled(self.data, self.rows, self.batch_size, order, device) for _ in range(self.passes))
         for step, plain in enumerate(chain.from_iterable(batches)):
             self._set_learning_rate((self.epoch * self.steps + step) / (self.epochs * self.steps))
             batch = self.objective.prepare(plain, self._augment, noise)
-            with self.fabric.autocast():
+            with self.fabric.autocast(), share():
                 result = self.objective(self.model, batch)
             self.optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(result.loss)
+            average_gradients(self._trained(), self.fabric)
             self.objective.before_step(self.model)
             self.optimizer.step()
             self.objective.after_step(self.model)
             for name, values in result.records.items():
-                kept = records.setdefault(name, torch.full((len(self.data),), torch.nan, device=device))
-                kept[batch.rows] = values.float()
+                if name not in records:
+                    records[name] = torch.full((len(self.data),), torch.nan, dtype=torch.float32, device=device)
+                records[name][batch.rows] = values.float()
             progress.step()
+        agree(chain(records.values(), self.model.buffers()), self.fabric)
         self.epoch += 1
         numbers = self.objective.after_epoch(self.model, self.epoch, records)
         diverged = [name for name, value in numbers.items() if name.endswith("_loss") and not math.isfinite(value)]
@@ -181,6 +186,9 @@ class Fit:
     def finished(self) -> bool:
         """Whether all epochs are done, or the objective needs no more."""
         return self.epoch >= self.epochs or self.objective.finished
+
+    def _trained(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
 
     def _augment(self, batch: Batch, rng: torch.Generator) -> Batch:
         augment = AUGMENTATIONS[self.recipe.augment]

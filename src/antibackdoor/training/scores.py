@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from antibackdoor.data.batches import Batch, gather, in_order
+from antibackdoor.data.batches import Batch, gather
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import undisturbed
 from antibackdoor.training.objectives import forward
+from antibackdoor.training.team import scored
 
 
 def pass_size(data: Data, fabric: Fabric) -> int:
@@ -39,17 +40,22 @@ def logits_of(
     *,
     call: Callable[[nn.Module, Batch], Tensor] = forward,
     size: int | None = None,
+    in_turn: bool = False,
 ) -> Tensor:
     """Logits `(m, K)` float32 on the CPU for all rows (or these), in evaluation mode, without augmentation.
 
     call: how to get logits from the model; the second head of a `Tap`, for example. size: of a batch; None: by the
-    device, see `pass_size`.
+    device, see `pass_size`. in_turn: the calls depend on one another (they draw from one generator, or add something
+    up), so several devices must not share them out.
     """
+    rows = torch.arange(len(data)) if rows is None else rows
     was_training = model.training
     model.eval()
     with fabric.autocast():
-        batches = in_order(data, size or pass_size(data, fabric), fabric.device, rows)
-        logits = _collected((call(model, batch) for batch in batches), len(data) if rows is None else len(rows))
+        parts = scored(
+            lambda batch: call(model, batch), data, rows, size or pass_size(data, fabric), fabric, whole=in_turn
+        )
+        logits = _collected(parts, len(rows))
     model.train(was_training)
     return torch.zeros(0, len(data.spec.classes)) if logits is None else logits
 
@@ -63,7 +69,7 @@ def _collected(parts: Iterator[Tensor], n: int) -> Tensor | None:
     start = 0
     for part in parts:
         if whole is None:
-            whole = torch.empty(n, *part.shape[1:])
+            whole = torch.empty(n, *part.shape[1:], dtype=torch.float32)
         whole[start : start + len(part)] = part
         start += len(part)
     return whole
@@ -99,11 +105,12 @@ def features_of(
         found = seen[width]
         return found if found.dim() == 2 else found.flatten(1, -2).mean(1)
 
+    rows = torch.arange(len(data)) if rows is None else rows
     hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
         with undisturbed(model), fabric.autocast():
-            batches = in_order(data, size or pass_size(data, fabric), fabric.device, rows)
-            found = _collected((features(batch) for batch in batches), len(data) if rows is None else len(rows))
+            parts = scored(features, data, rows, size or pass_size(data, fabric), fabric)
+            found = _collected(parts, len(rows))
     finally:
         for hook in hooks:
             hook.remove()
