@@ -80,9 +80,9 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
 
 def _margin(found: dict[str, Any], limits: dict[str, float]) -> float:
     """By how much a class is beyond the nearest limit that must be passed to find it attacked; below zero: within."""
-    beyond_doubt = max(found[name] - limits[name] for name in ("bond", "division"))
+    beyond_doubt: float = max(found[name] - limits[name] for name in ("bond", "division"))
     many = lower(found["count"], found["n"]) - limits["acquittal"]
-    like_poison = min(found["early"] - 0.5, limits["alike"] - found["alike"])
+    like_poison: float = min(found["early"] - 0.5, limits["alike"] - found["alike"])
     return max(beyond_doubt, min(many, like_poison) if found["n"] else -1.0)
 
 
