@@ -68,22 +68,25 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
 def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
     """What witnesses and a model that learned from trusted samples found about each class."""
     findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
-    margins = {name: _margin(found, evidence["limits"]) for name, found in findings.items()}
+    way = {name: _way(found, evidence["limits"]) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
-    shown = targets or [max(margins, key=lambda name: margins[name])]
+    shown = targets or [max(way, key=lambda name: way[name])]
     sentences = [sentence for name in shown for sentence in _told(name, findings[name], evidence["limits"])]
-    sure = _sure(abs(max(margins[name] for name in shown)))
+    most = max(way[name] for name in shown)
     if not targets:
-        return Verdict(False, sure, [], 0.0, sentences)
-    return Verdict(True, sure, targets, evidence["flagged"] / len(data), sentences)
+        return Verdict(False, round(0.9 - 0.4 * min(1.0, most), 3), [], 0.0, sentences)
+    return Verdict(True, _sure((most - 1) / 2), targets, evidence["flagged"] / len(data), sentences)
 
 
-def _margin(found: dict[str, Any], limits: dict[str, float]) -> float:
-    """By how much a class is beyond the nearest limit that must be passed to find it attacked; below zero: within."""
-    beyond_doubt: float = max(found[name] - limits[name] for name in ("bond", "division"))
-    many = lower(found["count"], found["n"]) - limits["acquittal"]
-    like_poison: float = min(found["early"] - 0.5, limits["alike"] - found["alike"])
-    return max(beyond_doubt, min(many, like_poison) if found["n"] else -1.0)
+def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
+    """How far a class is on the way to being found attacked: 1 at the limit, of several ways the furthest."""
+    beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("bond", "division"))
+    heard: float = min(
+        lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9),
+        found["early"] / 0.5,
+        (1 - found["alike"]) / max(1 - limits["alike"], 1e-9),
+    )
+    return max(beyond_doubt, heard if found["n"] else 0.0)
 
 
 def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:

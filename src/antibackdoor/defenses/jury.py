@@ -61,7 +61,7 @@ class Jury(Defense):
     """
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
-        epochs=8, min_steps=200, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
+        epochs=8, min_steps=400, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
     )
     looks: Annotated[int, Field(ge=1, description="how many looks at the losses there are at most")] = 14
     outsider: Annotated[Recipe, Field(description="of the shallow models that each lack some classes")] = Recipe(
