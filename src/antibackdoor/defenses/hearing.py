@@ -73,7 +73,8 @@ class Hearing(Objective):
             rows = (self.given == label).nonzero().flatten()
             self.trusted[rows[suspicion[rows].argmin()]] = True
         self.classes = range(len(job.data.spec.classes))
-        self.excluded = suspicion > 1 - options.excluded
+        divided = torch.bincount(self.given, weights=deposition.apart.double(), minlength=len(self.classes)) > 0
+        self.excluded = torch.where(divided[self.given], deposition.apart, suspicion > 1 - options.excluded)
         self.first = options.hearing * job.recipe(options.main).epochs_for(len(self.given))
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
         self.findings = [deposition.finding(label, self.given) for label in self.classes]

@@ -52,8 +52,8 @@ class Jury(Defense):
        were learned early, in the easier half of the whole set (clean samples that look like another class come late),
        and they are not `alike` (clean samples of a kind that is not among the trusted are all taken for one class,
        poison comes from everywhere); or if mixtures or outsiders divide the class beyond doubt. They learn as what it
-       takes them for; samples it agrees with get their label back, but for the `excluded` share with the most suspicion
-       and for those set apart beyond doubt. A class that was not attacked gets all its labels back.
+       takes them for; samples it agrees with get their label back, but for those set apart beyond doubt or, where
+       nobody is, the `excluded` share with the most suspicion. A class that was not attacked gets all its labels back.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
@@ -116,10 +116,15 @@ class Jury(Defense):
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
         return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions)
 
-    def _clear(self, shared: Tensor) -> float:
-        """Clarity of the opinions in a class, as the noise would have it that only `neighbors` sharers leave: the mean
-        of few opinions is noisy, and divides a small class by itself."""
-        return clarity(shared) * math.sqrt(max(company(len(shared), self.neighbors), 1) / max(self.neighbors, 1))
+    def _clear(self, opinion: Tensor) -> float:
+        """Clarity of shared opinions in a class, as the noise would have it that only `neighbors` sharers leave.
+
+        The mean of few opinions is noisy, and divides a small class by itself. An upper group too large for anybody to
+        be trusted is the class, and the rest of it are odd.
+        """
+        if len(opinion) < 2 or float(halves(opinion)[0].double().mean()) > 1 - self.trusted:
+            return 0.0
+        return clarity(opinion) * math.sqrt(max(company(len(opinion), self.neighbors), 1) / max(self.neighbors, 1))
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)
