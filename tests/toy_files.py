@@ -13,7 +13,9 @@ Run = Callable[..., Result]
 TINY = ("--model", "resnet18-w8", "--epochs", "2", "--device", "cpu")
 UNDEFENDED = ("--defense", "none", "--set", "recipe.min_steps=0")
 TINY_DEFENSE = tuple(
-    word for setting in ("warm_up.epochs=2", "warm_up.min_steps=0", "main.min_steps=0") for word in ("--set", setting)
+    word
+    for setting in ("trap.epochs=2", "trap.min_steps=0", "outsider.min_steps=0", "main.min_steps=0")
+    for word in ("--set", setting)
 )
 
 

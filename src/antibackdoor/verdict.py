@@ -66,25 +66,54 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
 
 
 def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
-    """Attacked classes: a model that learned from trusted samples takes many others of them for other classes."""
+    """What witnesses and a model that learned from trusted samples found about each class."""
     findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
-    if not any(found["n"] for found in findings.values()):
-        return Verdict(False, 0.0, evidence=["The model was never asked about the samples it was not shown."])
-    gaps = {name: lower(found["count"], found["n"]) - evidence["acquittal"] for name, found in findings.items()}
+    margins = {name: _margin(found, evidence["limits"]) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
-    shown = targets or [max(gaps, key=lambda name: gaps[name])]
-    sentences = [
-        f"Of {findings[name]['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
-        f"samples only takes {findings[name]['count']} for other classes, with confidence. Half of these were learned "
-        f"earlier than {findings[name]['early']:.0%} of all samples; clean ones that look like another class come late."
-        + (" Models that never saw this label see two groups in it." if findings[name]["divided"] else "")
-        for name in shown
-    ]
+    shown = targets or [max(margins, key=lambda name: margins[name])]
+    sentences = [sentence for name in shown for sentence in _told(name, findings[name], evidence["limits"])]
+    sure = _sure(abs(max(margins[name] for name in shown)))
     if not targets:
-        return Verdict(False, _sure(-gaps[shown[0]]), [], 0.0, sentences)
-    return Verdict(
-        True, _sure(max(gaps[name] for name in targets)), targets, evidence["flagged"] / len(data), sentences
-    )
+        return Verdict(False, sure, [], 0.0, sentences)
+    return Verdict(True, sure, targets, evidence["flagged"] / len(data), sentences)
+
+
+def _margin(found: dict[str, Any], limits: dict[str, float]) -> float:
+    """By how much a class is beyond the nearest limit that must be passed to find it attacked; below zero: within."""
+    beyond_doubt: float = max(found[name] - limits[name] for name in ("bond", "division"))
+    many = lower(found["count"], found["n"]) - limits["acquittal"]
+    like_poison: float = min(found["early"] - 0.5, limits["alike"] - found["alike"])
+    return max(beyond_doubt, min(many, like_poison) if found["n"] else -1.0)
+
+
+def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    """What was found about one class."""
+    told = []
+    if found["bond"] >= limits["bond"]:
+        told.append(
+            f"Samples labeled {name!r} fall into two groups: averaged with samples of other classes, some are still "
+            f"taken for {name!r} and some are not. A mark that survives this ties these to the label, not what they "
+            "show."
+        )
+    if found["division"] >= limits["division"]:
+        told.append(
+            f"Samples labeled {name!r} fall into two groups for models that never saw this label: some look to them "
+            "like one of the other classes, and some do not."
+        )
+    if found["apart"]:
+        told.append(f"{found['apart']} samples are set apart by that.")
+    if found["n"]:
+        told.append(
+            f"Of {found['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
+            f"samples takes {found['count']} for other classes, with confidence."
+        )
+    if found["count"]:
+        told.append(
+            f"Half of these were learned earlier than {found['early']:.0%} of all samples; clean ones that look like "
+            f"another class come late. What they are taken for differs by {found['alike']:.0%} from all other classes; "
+            "clean ones of a rare kind are taken for one class only, poison comes from everywhere."
+        )
+    return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
 
 
 MANY = 0.4

@@ -14,7 +14,7 @@ from antibackdoor import InputError, train
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Progress
 
-SETTINGS: dict[str, Any] = {"warm_up.epochs": 3, "warm_up.min_steps": 0, "main.min_steps": 0}
+SETTINGS: dict[str, Any] = {"trap.epochs": 2, "trap.min_steps": 0, "outsider.min_steps": 0, "main.min_steps": 0}
 
 
 class Killer(Progress):
@@ -34,7 +34,7 @@ def once(data: Path, out: Path, **more: Any) -> None:
     train(data, options=SETTINGS, model="resnet18-w8", epochs=3, device="cpu", out=out, **more)
 
 
-@pytest.mark.parametrize("epochs", [0, 2, 3, 5])  # before, within and after the warm-up
+@pytest.mark.parametrize("epochs", [0, 1, 3, 6])  # before and in the trap, among the outsiders, in the main training
 def test_a_resumed_run_ends_the_same(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
 ) -> None:

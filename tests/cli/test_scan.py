@@ -66,8 +66,8 @@ def test_scan_writes_everything_but_a_model(run: Run, images: Path, tmp_path: Pa
 
 def test_scan_of_series_with_the_default(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("scan", write_series(tmp_path / "toy.ts"), "--out", out, *SHORT, *TRAP, "--quiet")
-    assert json.loads((out / "config.json").read_text())["detector"]["name"] == "trap"
+    run("scan", write_series(tmp_path / "toy.ts"), "--out", out, *SHORT, "--quiet")
+    assert json.loads((out / "config.json").read_text())["detector"]["name"] == "witnesses"
 
 
 def test_a_gate_stops_what_looks_poisoned(run: Run, tampered: Path, images: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_of_a_large_class_some_are_asked() -> None:
 def test_the_witness_that_sees_two_groups_is_believed() -> None:
     group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
     knows, guesses = group + 0.02 * normal(100, 4), 0.1 * normal(100, 5)
-    for heard in (weighed(knows, guesses, labels), weighed(guesses, knows, labels)):
+    for heard in (weighed([knows], guesses, labels), weighed([guesses], knows, labels)):
         assert heard[group].min() > heard[~group].max()
 
 
@@ -64,7 +64,7 @@ def test_each_class_believes_its_own_witness() -> None:
     labels = torch.arange(200) // 100
     group = torch.arange(200) % 100 < 30
     knows, guesses = group + 0.02 * normal(200, 6), 0.1 * normal(200, 7)
-    heard = weighed(torch.where(labels == 0, knows, guesses), torch.where(labels == 0, guesses, knows), labels)
+    heard = weighed([torch.where(labels == 0, knows, guesses)], torch.where(labels == 0, guesses, knows), labels)
     for label in (0, 1):
         assert heard[group & (labels == label)].min() > heard[~group & (labels == label)].max()
 
@@ -73,16 +73,16 @@ def test_a_clear_compass_turns_the_other_round_and_an_unclear_one_does_not() -> 
     group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
     late = ~group + 0.1 * normal(100, 8)
     firm, vague = group + 0.1 * normal(100, 9), 0.1 * (group + 0.5 * normal(100, 9))
-    heard = weighed(late, firm, labels)
+    heard = weighed([vague, firm], late, labels)
     assert heard[group].min() > heard[~group].max()
-    heard = weighed(late, vague, labels)
+    heard = weighed([vague], late, labels)
     assert heard[group].max() < heard[~group].min()
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_opinions_that_say_nothing_weigh_nothing(n: int) -> None:
     same = torch.ones(n)
-    assert weighed(same, same, torch.zeros(n, dtype=torch.int64)).tolist() == [0.0] * n
+    assert weighed([same], same, torch.zeros(n, dtype=torch.int64)).tolist() == [0.0] * n
 
 
 def test_halves_tell_groups_from_one_distribution() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import pytest
 import torch
 from tests.tiny import FABRIC
@@ -9,9 +12,10 @@ from tests.toy import toy_images
 from torch import Tensor
 
 from antibackdoor.data.batches import gather
-from antibackdoor.defenses.hearing import OUT, Hearing
+from antibackdoor.defenses.hearing import OUT, Deposition, Hearing
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.intervals import lower, upper
+from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import geometric, within
 from antibackdoor.verdict import decide
@@ -46,19 +50,28 @@ def test_wilson_against_values_worked_by_hand() -> None:
     assert (lower(0, 10), upper(0, 10)) == (pytest.approx(0, abs=1e-12), pytest.approx(0.21195, abs=1e-5))
 
 
+def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
+    """A deposition; nobody asks the witness itself."""
+    return Deposition(cast(Tap, None), suspicion, ease, apart, torch.full((40,), -1), [0.0] * 4, [0.0] * 4)
+
+
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
-    def __init__(self, **options: float):
+    def __init__(self, apart: Sequence[int] = (), **options: float):
         self.data = toy_images(40)
         self.given = self.data.y
         self.place = torch.stack([(self.given[:i] == self.given[i]).sum() for i in range(40)])
         self.options = Jury(trusted=0.5, excluded=0.2, **options)
         self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
-        self.ease = self.place.double()
-        self.hearing = Hearing(
-            self.options, self.job, self.job.model(), (self.place + 0.5) / 10, self.ease, [False] * 4
-        )
+        self.ease, self.apart = self.place.double(), torch.isin(torch.arange(40), torch.tensor(apart))
+        suspicion = torch.where(self.apart, 1.0, (self.place + 0.5) / 10)
+        deposition = deposed(suspicion, self.ease, self.apart)
+        self.hearing = Hearing(self.options, self.job, self.job.model(), deposition)
+
+    def elsewhere(self, mask: Tensor) -> Tensor:
+        """The given labels, but for those in the mask other classes in turn."""
+        return torch.where(mask, (self.given + 1 + torch.arange(40) % 3) % 4, self.given)
 
     def hear(self, answers: Tensor, confidence: float = 0.99) -> None:
         """What the model is made to say of every sample."""
@@ -96,41 +109,50 @@ def test_views_are_strong_until_all_classes_are_acquitted() -> None:
 
 def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:
     court = Court()
-    answers = court.given.clone()
     planted = (court.given == 1) & (court.place >= 6)
-    answers[planted] = 2
+    answers = court.elsewhere(planted)
     court.hear(answers)
     found = court.hearing.findings
     assert [f["attacked"] for f in found] == [False, True, False, False]
     assert (found[1]["count"], found[1]["n"]) == (4, 5) and found[1]["early"] > 0.5
-    assert (court.hearing.labels[planted] == 2).all()
+    assert torch.equal(court.hearing.labels[planted], answers[planted]) and not (answers[planted] == 1).any()
     assert torch.equal(court.hearing.labels[~planted], court.given[~planted])
 
 
 def test_agreement_does_not_bring_back_the_most_suspicious_of_an_attacked_class() -> None:
     court = Court()
-    answers = court.given.clone()
-    answers[(court.given == 1) & (court.place >= 5) & (court.place < 8)] = 3
-    court.hear(answers)
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5) & (court.place < 8)))
     kept_out = (court.given == 1) & (court.place >= 8)
     assert (court.hearing.labels[kept_out] == OUT).all()
     assert not (court.hearing.labels[~kept_out] == OUT).any()
 
 
+def test_samples_set_apart_convict_their_class_and_never_learn_as_labeled() -> None:
+    rows = (Court().given == 1).nonzero().flatten().tolist()
+    court = Court(apart=rows[:2])
+    assert (court.hearing.labels[court.apart] == OUT).all(), "though they are the least suspicious"
+    court.hear(court.given)
+    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+    assert (court.hearing.labels[court.apart] == OUT).all()
+    outcome = court.hearing.outcome(court.job.model())
+    assert outcome.flagged[court.apart].all() and decide(court.data, outcome).target_classes == ["class 1"]
+    assert all("set apart" in outcome.reasons[row] for row in rows[:2] if outcome.suggested[row] < 0)
+
+
 def test_samples_learned_late_accuse_nobody() -> None:
     court = Court()
     court.hearing.early = 1 - court.hearing.early
-    answers = torch.where((court.given == 1) & (court.place >= 5), 2, court.given)
-    court.hear(answers)
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
     assert not any(f["attacked"] for f in court.hearing.findings)
     assert torch.equal(court.hearing.labels, court.given)
 
 
-def test_samples_learned_late_accuse_where_the_outsiders_see_two_groups() -> None:
+def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
     court = Court()
-    court.hearing.early, court.hearing.divided = 1 - court.hearing.early, [False, True, False, False]
-    court.hear(torch.where((court.given < 2) & (court.place >= 5), 2, court.given))
-    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+    court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
+    found = court.hearing.findings[1]
+    assert found["count"] == 5 and found["alike"] == pytest.approx(2 / 3) and not found["attacked"]
+    assert torch.equal(court.hearing.labels, court.given)
 
 
 def test_an_unsure_model_accuses_nobody() -> None:
@@ -141,15 +163,14 @@ def test_an_unsure_model_accuses_nobody() -> None:
 
 def test_a_class_once_found_attacked_stays_so() -> None:
     court = Court()
-    court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
     court.hear(court.given)
     assert court.hearing.findings[1]["attacked"] and court.hearing.findings[1]["count"] == 5
 
 
 def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
     court = Court()
-    answers = torch.where((court.given == 1) & (court.place >= 5), 2, court.given)
-    court.hear(answers)
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
     outcome = court.hearing.outcome(court.job.model())
     verdict = decide(court.data, outcome)
     assert verdict.poisoned and verdict.target_classes == [court.data.spec.classes[1]]
@@ -159,7 +180,7 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:
     court = Court()
     verdict = decide(court.data, court.hearing.outcome(court.job.model()))
-    assert not verdict.poisoned and verdict.confidence == 0
+    assert not verdict.poisoned and verdict.evidence[0].startswith("No class falls into two groups")
 
 
 def test_one_sample_of_a_class_is_trusted() -> None:
@@ -167,5 +188,7 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     data.y[data.y == 3] = 0
     data.y[0] = 3
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
-    hearing = Hearing(Jury(), job, job.model(), within(torch.rand(40), data.y), torch.rand(40), [False] * 4)
+    nobody = torch.zeros(40, dtype=torch.bool)
+    deposition = deposed(within(torch.rand(40), data.y), torch.rand(40), nobody)
+    hearing = Hearing(Jury(), job, job.model(), deposition)
     assert hearing.trusted[0]

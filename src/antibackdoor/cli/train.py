@@ -31,7 +31,7 @@ from antibackdoor.cli.options import (
     rich_help_panel=DEFEND,
     epilog=examples(
         "antibackdoor train photos --out run",
-        "antibackdoor train photos --out run --epochs 30 --set isolation_rate=0.1",
+        "antibackdoor train photos --out run --epochs 30 --set trusted=0.3",
         "antibackdoor train sensors.npz --test held-out.npz --out run --json",
         "antibackdoor train --config run.toml --seed 1 --out run-1",
         "antibackdoor train photos --out run --resume    after an interruption",

@@ -10,8 +10,8 @@ from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, Partition, ch
 from antibackdoor.errors import unknown
 from antibackdoor.options import build
 
-AUTO = "e2abl"
-"""What `auto` means until the package has a default defense of its own."""
+AUTO = "jury"
+"""What `auto` means."""
 
 
 def make_defense(name: str, settings: Mapping[str, Any] | None = None) -> Defense:

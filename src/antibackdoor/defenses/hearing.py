@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from antibackdoor.data.batches import Batch, gather
 from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
+from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Augment, Objective, Step, forward
 from antibackdoor.training.ranking import within
@@ -29,20 +30,44 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 
-class Hearing(Objective):
-    """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted.
+@dataclass(frozen=True)
+class Deposition:
+    """What the shallow witnesses of `jury` said.
 
-    suspicion: `(n,)` in [0, 1], percentile within the samples of the same given label. ease: `(n,)`, how early the
-    shallow witness learned each label. divided: for each class, whether the outsiders see two groups in it.
+    tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
+    label, 1 for those apart. ease: `(n,)`, how early each label was learned. apart: `(n,)` bool, samples that mixtures
+    or outsiders set apart from their class beyond doubt. elsewhere: `(n,)`, what an outsider is confident to see in
+    place of the label, -1 for nothing. bonds, divisions: how clearly mixtures and outsiders divide each class.
     """
 
-    def __init__(
-        self, options: Jury, job: Job, model: nn.Module, suspicion: Tensor, ease: Tensor, divided: Sequence[bool]
-    ):
-        self.divided = divided
-        self.options, self.job, self.suspicion = options, job, suspicion
+    tap: Tap
+    suspicion: Tensor
+    ease: Tensor
+    apart: Tensor
+    elsewhere: Tensor
+    bonds: Sequence[float]
+    divisions: Sequence[float]
+
+    def finding(self, label: int, given: Tensor) -> dict[str, Any]:
+        """About one class, before any hearing: what `verdict` reads."""
+        apart = int(self.apart[given == label].sum())
+        told = {"bond": self.bonds[label], "division": self.divisions[label], "apart": apart}
+        return {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, **told, "attacked": apart > 0}
+
+    def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
+        """For the verdict: what was found about each class, and the limits beyond which it counts."""
+        names = ("acquittal", "alike", "bond", "division")
+        return {"by_class": list(findings), "limits": {name: getattr(options, name) for name in names}}
+
+
+class Hearing(Objective):
+    """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted."""
+
+    def __init__(self, options: Jury, job: Job, model: nn.Module, deposition: Deposition):
+        self.options, self.job, self.deposition = options, job, deposition
+        suspicion = deposition.suspicion
         self.given = job.data.y.cpu()
-        self.early = within(ease, torch.zeros_like(self.given))
+        self.early = within(deposition.ease, torch.zeros_like(self.given))
         self.trusted = suspicion <= options.trusted
         for label in self.given.unique().tolist():  # of a class of one or two samples, the least suspicious one
             rows = (self.given == label).nonzero().flatten()
@@ -51,9 +76,7 @@ class Hearing(Objective):
         self.excluded = suspicion > 1 - options.excluded
         self.first = options.hearing * job.recipe(options.main).epochs_for(len(self.given))
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
-        self.findings: list[dict[str, Any]] = [
-            {"count": 0, "n": 0, "early": 0.0, "divided": apart, "attacked": False} for apart in divided
-        ]
+        self.findings = [deposition.finding(label, self.given) for label in self.classes]
         self.partitions: list[Partition] = []
         self._assign(0, torch.where(self.trusted, self.given, OUT))
 
@@ -96,13 +119,13 @@ class Hearing(Objective):
         confidence, answers = self._answers(rows)
         given = self.given[rows]
         against = (answers != given) & (confidence >= self.options.confidence)
-        of_class = [given == label for label in self.classes]
         findings = [
-            self._finding(rows[mask], rows[mask & against], apart)
-            for mask, apart in zip(of_class, self.divided, strict=True)
+            self._finding(label, rows[given == label], answers[given == label], against[given == label])
+            for label in self.classes
         ]
         # What was found once stays: later the model would only repeat what it was taught since.
-        self.findings = [old if old["attacked"] else new for old, new in zip(self.findings, findings, strict=True)]
+        known = zip(self.findings, findings, strict=True)
+        self.findings = [old if old["attacked"] and old["n"] else new for old, new in known]
         attacked = self._attacked()[given]
         restored = (answers == given) & ~self.excluded[rows]
         judged = torch.where(against, answers, torch.where(restored, given, OUT))
@@ -110,12 +133,27 @@ class Hearing(Objective):
         labels[rows] = torch.where(attacked, judged, given)
         self._assign(epoch, labels)
 
-    def _finding(self, heard: Tensor, against: Tensor, apart: bool) -> dict[str, Any]:
-        """About one class; clean samples that look like another class are learned late, poison is not."""
-        early = float(self.early[against].median()) if len(against) else 0.0
-        many = lower(len(against), len(heard)) > self.options.acquittal
-        attacked = many and (early > 0.5 or apart)
-        return {"count": len(against), "n": len(heard), "early": early, "divided": apart, "attacked": attacked}
+    def _finding(self, label: int, heard: Tensor, answers: Tensor, against: Tensor) -> dict[str, Any]:
+        """About one class: how many of those heard are confidently taken for others, and whether that is like poison.
+
+        A clean sample that looks like another class is learned late, unless it is of a kind that none of the trusted
+        are; then all its kind look like the same class, while poison was gathered from all.
+        """
+        confident = heard[against]
+        early = float(self.early[confident].median()) if len(confident) else 0.0
+        alike = self._alike(label, answers[answers != label])
+        many = lower(len(confident), len(heard)) > self.options.acquittal
+        found = self.deposition.finding(label, self.given)
+        like_poison = early > 0.5 and alike < self.options.alike
+        counted = {"count": len(confident), "n": len(heard), "early": early, "alike": alike}
+        return {**found, **counted, "attacked": found["attacked"] or (many and like_poison)}
+
+    def _alike(self, label: int, answers: Tensor) -> float:
+        """Total variation distance between the classes in `answers`, none of them `label`, and all samples of these."""
+        others = torch.bincount(self.given[self.given != label], minlength=len(self.classes)).double()
+        taken = torch.bincount(answers, minlength=len(self.classes)).double()
+        distance = taken / taken.sum().clamp_min(1) - others / others.sum().clamp_min(1)
+        return float(distance.clamp_min(0).sum())
 
     @property
     def acquitted(self) -> bool:
@@ -146,28 +184,34 @@ class Hearing(Objective):
             value.copy_(state["average"]["values"][name])
 
     def outcome(self, model: nn.Module) -> Outcome:
-        """The averaged model; suspects are samples of attacked classes that it takes for another class.
+        """The averaged model; suspects are samples of attacked classes that it takes for another, or set apart.
 
-        scores: its doubt of the given label, ties (clean-label poison, say) broken by suspicion.
+        scores: its doubt of the given label, which of those apart is certain; ties are broken by suspicion.
         """
         model.load_state_dict(self.average.values)
         logits = logits_of(model, self.job.data, self.job.fabric).double()
         probabilities, names = logits.softmax(1), self.job.data.spec.classes
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
+        doubt[self.deposition.apart] = 1.0
         answers = probabilities.argmax(1)
-        attacked = self._attacked()
-        flagged = attacked[self.given] & ~self.trusted & (answers != self.given)
+        other = self._attacked()[self.given] & ~self.trusted & (answers != self.given)
+        flagged = other | self.deposition.apart
         reasons = {
-            row: f"labeled {names[self.given[row]]!r}, but a model that learned from trusted samples sees another class"
+            row: f"labeled {names[self.given[row]]!r}, "
+            + (
+                "but a model that learned from trusted samples sees another class"
+                if other[row]
+                else "but set apart from its class by something that has nothing to do with what it shows"
+            )
             for row in flagged.nonzero().flatten().tolist()
         }
-        evidence = {"by_class": self.findings, "acquittal": self.options.acquittal, "flagged": int(flagged.sum())}
+        evidence = {**self.deposition.evidence(self.findings, self.options), "flagged": int(flagged.sum())}
         return Outcome(
             model,
-            doubt + 0.01 * self.suspicion,
+            doubt + 0.01 * self.deposition.suspicion,
             doubt.clamp(0, 1),
             flagged,
-            torch.where(flagged, answers, -1),
+            torch.where(other, answers, -1),
             reasons,
             evidence,
             self.partitions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,15 +13,16 @@ from torch import Tensor
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
 from antibackdoor.defenses.dual_head import second_logits
-from antibackdoor.defenses.hearing import Hearing
+from antibackdoor.defenses.hearing import Deposition, Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
-from antibackdoor.training.groups import clarity, shared, weighed
+from antibackdoor.seeds import generator
+from antibackdoor.training.groups import clarity, company, halves, shared, weighed
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
-from antibackdoor.training.scores import features_of, logits_of
+from antibackdoor.training.scores import features_of, logits_of, mixed_logits_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -28,30 +30,34 @@ Share = Annotated[float, Field(ge=0, le=1)]
 @DEFENSES.register("jury")
 @options
 class Jury(Defense):
-    """Two shallow witnesses choose whom to trust; the model learns from these, then hears all others.
+    """Shallow witnesses choose whom to trust; the model learns from these, then hears all others.
 
     1. Ease: a shallow model learns everything as labeled; poison, once learned, stays easy. `e`: percentile, within
        the samples of the same label, of `Persistence` over looks at geometric steps.
-    2. Home: for each class a shallow outsider learns all OTHER classes. A sample that only the trigger ties to its
+    2. Bond: averaged half and half with samples of other labels, how sure is that model still of the given label, in
+       the mean of `mixtures`? A clean sample has to share the answer with its partner; a trigger goes on leading to its
+       own, also where the label is true.
+    3. Home: for each class a shallow outsider learns all OTHER classes. A sample that only the trigger ties to its
        label looks to it like one of its own: `h`, its confidence in another class.
-    3. Neighbors: a trigger puts its samples next to each other in the features of the witness that learned it, so each
-       sample shares e and h with its `neighbors` nearest of the same label. What is noise in single samples averages
+    4. Neighbors: a trigger puts its samples next to each other in the features of the model that learned it, so each
+       sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
        out, and a poisoned sample that looks innocent by itself is found in the company it keeps.
-       Where classes are hard to tell apart, ease shows the poison and outsiders are unsure of everything; where they
-       are easy, everything is learned at once, the trigger even last, but outsiders are sure of poison only. So within
-       each class e and h are added by how clearly each of them divides the class in two, e with its sign turned where
-       it runs against a clear h, and the sum, the suspicion, is shared once more.
-    4. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
+       Which of the three knows something depends on the trigger and on the data. So within each class they are added by
+       how clearly each divides the class in two, ease with its sign turned where it runs against clear others (where
+       classes are easy, the trigger may be learned last), and the sum, the suspicion, is shared once more.
+    5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends if no class turns out to be attacked.
-    5. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
-       attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval) and
-       these were learned early, in the easier half of the whole set (clean samples that look like another class come
-       late), or the outsiders divide the class beyond doubt. They learn as what it takes them for; samples it agrees
-       with get their label back, but for the `excluded` share with the most suspicion. A class that was not attacked
-       gets all its labels back.
+    6. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
+       attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval), these
+       were learned early, in the easier half of the whole set (clean samples that look like another class come late),
+       and they are not `alike` (clean samples of a kind that is not among the trusted are all taken for one class,
+       poison comes from everywhere); or if mixtures or outsiders divide the class beyond doubt. They learn as what it
+       takes them for; samples it agrees with get their label back, but for the `excluded` share with the most suspicion
+       and for those set apart beyond doubt. A class that was not attacked gets all its labels back.
 
-    What it cannot see: clean-label poison (the model agrees with its label), and, with two classes, it has no
-    outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
+    What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
+    With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
+    shallow epoch per outsider.
     """
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
@@ -59,8 +65,9 @@ class Jury(Defense):
     )
     looks: Annotated[int, Field(ge=1, description="how many looks at the losses there are at most")] = 14
     outsider: Annotated[Recipe, Field(description="of the shallow models that each lack some classes")] = Recipe(
-        epochs=1, min_steps=150, batch_size=64, learning_rate=0.05, augment="none"
+        epochs=1, min_steps=75, batch_size=64, learning_rate=0.05, augment="none"
     )
+    mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
     neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
     trusted: Annotated[float, Field(gt=0, le=1, description="share of each class that is trusted from the start")] = (
@@ -69,7 +76,11 @@ class Jury(Defense):
     hearing: Annotated[Share, Field(description="share of the epochs before the others are heard")] = 0.4
     confidence: Annotated[Share, Field(description="of an answer that counts against the given label")] = 0.9
     acquittal: Annotated[Share, Field(description="a class of which more is taken for others may be attacked")] = 0.03
+    alike: Annotated[
+        Share, Field(description="total variation distance of what they are taken for from all other classes")
+    ] = 0.5
     division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
+    bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
     main: Annotated[Recipe, Field(description="of the model; its augmentation once all classes are acquitted")] = (
         Recipe(min_steps=800)
@@ -77,19 +88,38 @@ class Jury(Defense):
 
     def run(self, job: Job) -> Outcome:
         """Question the witnesses, train the model, and judge."""
-        given = job.data.y.cpu()
+        deposition = self.depose(job)
+        model = job.model()
+        hearing = Hearing(self, job, model, deposition)
+        job.fit("training", model, hearing, job.recipe(self.main))
+        return replace(hearing.outcome(model), witness=(deposition.tap, second_logits))
+
+    def depose(self, job: Job) -> Deposition:
+        """What the witnesses say, before any model is trained."""
+        given, labels = job.data.y.cpu(), range(len(job.data.spec.classes))
         tap, ease = self._trap(job)
         features = features_of(tap, job.data, job.fabric, call=second_logits)
-        early, home = (
+        confidence, elsewhere = self._home(job, given)
+        early, bond, home = (
             shared(opinion, features, given, self.neighbors, seed=job.seed)
-            for opinion in (within(ease, given), self._home(job, given))
+            for opinion in (within(ease, given), self._bond(job, tap), confidence)
         )
-        suspicion = shared(weighed(early, home, given), features, given, self.neighbors, seed=job.seed)
-        model = job.model()
-        divided = [clarity(home[given == label]) >= self.division for label in range(len(job.data.spec.classes))]
-        hearing = Hearing(self, job, model, within(suspicion, given), ease, divided)
-        job.fit("training", model, hearing, job.recipe(self.main))
-        return replace(hearing.outcome(model), witness=(tap, second_logits))
+        suspicion = shared(weighed((bond, home), early, given), features, given, self.neighbors, seed=job.seed)
+        bonds, divisions = ([self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home))
+        apart = torch.zeros(len(given), dtype=torch.bool)
+        for label, bound, divided in zip(labels, bonds, divisions, strict=True):
+            rows = (given == label).nonzero().flatten()
+            for opinion, clear in ((bond, bound >= self.bond), (home, divided >= self.division)):
+                if clear:
+                    apart[rows] |= halves(opinion[rows])[0]  # the upper: shares are not negative
+        suspicion = torch.where(apart, 1.0, within(suspicion, given))
+        elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
+        return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions)
+
+    def _clear(self, shared: Tensor) -> float:
+        """Clarity of the opinions in a class, as the noise would have it that only `neighbors` sharers leave: the mean
+        of few opinions is noisy, and divides a small class by itself."""
+        return clarity(shared) * math.sqrt(max(company(len(shared), self.neighbors), 1) / max(self.neighbors, 1))
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)
@@ -104,12 +134,22 @@ class Jury(Defense):
         job.fit("trap", tap, witness, self.trap, parameters=tap.warm_up_parameters())
         return tap, witness.ranking.scores()
 
-    def _home(self, job: Job, given: Tensor) -> Tensor:
-        """`(n,)`: the confidence in another class of the outsider that was never shown a sample of this label."""
+    def _bond(self, job: Job, tap: Tap) -> Tensor:
+        """`(n,)`: the mean probability of the given label over mixtures with samples of other labels."""
+        given = job.data.y.cpu()[:, None]
+        bond = torch.zeros(len(given), dtype=torch.float64)
+        for number in range(self.mixtures):
+            rng = generator(job.seed, "mixture", number)
+            logits = mixed_logits_of(tap, job.data, job.fabric, rng, call=second_logits)
+            bond += logits.double().softmax(1).gather(1, given).squeeze(1) / self.mixtures
+        return bond
+
+    def _home(self, job: Job, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the outsider that was never shown a sample of this label: `(n,)` confidence in another, and in which."""
         classes = len(job.data.spec.classes)
         groups = min(classes, self.groups)
         group = torch.arange(classes) % groups
-        home = torch.zeros(len(given), dtype=torch.float64)
+        home, elsewhere = torch.zeros(len(given), dtype=torch.float64), torch.full_like(given, -1)
         for number in range(groups):
             inside = group[given] == number
             known = given[~inside].unique()
@@ -120,5 +160,6 @@ class Jury(Defense):
             others = (~inside).nonzero().flatten()
             job.fit(name, tap, Witness(job), self.outsider, rows=others, parameters=tap.warm_up_parameters())
             logits = logits_of(tap, job.data, job.fabric, rows, call=second_logits).double()
-            home[rows] = logits[:, known].softmax(1).max(1).values
-        return home
+            best = logits[:, known].softmax(1).max(1)
+            home[rows], elsewhere[rows] = best.values, known[best.indices]
+        return home, elsewhere

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from antibackdoor.detectors import activation_clustering, entropy, loss, loss_drop, spectral_signatures, trap
+from antibackdoor.detectors import activation_clustering, entropy, loss, loss_drop, spectral_signatures, trap, witnesses
 from antibackdoor.detectors.base import DETECTORS, Detector
 from antibackdoor.options import build
 
-AUTO = "trap"
+AUTO = "witnesses"
 """What `auto` means."""
 
 
@@ -29,4 +29,5 @@ __all__ = [
     "make_detector",
     "spectral_signatures",
     "trap",
+    "witnesses",
 ]

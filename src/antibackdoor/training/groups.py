@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +26,7 @@ def shared(
     result = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        # A sample is its own nearest; asking more than a tenth of a small class would drown a group in the rest.
-        count = min(neighbors, max(1, len(rows) // 10), len(rows) - 1) + 1
+        count = company(len(rows), neighbors) + 1  # a sample is its own nearest
         asked = rows
         if len(rows) > most:
             asked = rows[torch.randperm(len(rows), generator=generator(seed, "neighbors", label))[:most]]
@@ -36,28 +37,33 @@ def shared(
     return result
 
 
-def weighed(opinions: Tensor, compass: Tensor, labels: Tensor) -> Tensor:
-    """Two opinions `(n,)` as one, class by class: standardized, each weighed by how clearly it divides the class.
+def company(m: int, neighbors: int) -> int:
+    """With how many others a sample of a class of m shares: more than a tenth would drown a group in the rest."""
+    return min(neighbors, max(1, m // 10), m - 1)
+
+
+def weighed(sure: Sequence[Tensor], unsure: Tensor, labels: Tensor) -> Tensor:
+    """Opinions `(n,)` as one, class by class: standardized, each weighed by how clearly it divides the class.
 
     Which of them knows something differs from class to class, and one that knows nothing sees no two groups: the weight
-    is the distance of the `halves`, once in their own spread (Ashman's D) and once as it is. A group may also stand out
-    at the wrong end of `opinions`; where the `compass` divides the class firmly, it says which end is meant.
+    is its `clarity`. The `unsure` one may divide a class as well, but with the group at its wrong end; where the others
+    divide the class firmly, they say which end is meant.
     """
     result = torch.zeros(len(labels), dtype=torch.float64)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        first, second = opinions[rows].double(), compass[rows].double()
-        weights = clarity(first), clarity(second)
-        first, second = _standardized(first), _standardized(second)
-        if weights[1] >= FIRM and float((first * second).sum()) < 0:
-            first = -first
-        result[rows] = (weights[0] * first + weights[1] * second) / max(sum(weights), 1e-9)
+        weights = [clarity(opinion[rows]) for opinion in (*sure, unsure)]
+        scaled = [_standardized(opinion[rows].double()) for opinion in (*sure, unsure)]
+        known = sum(weight * opinion for weight, opinion in zip(weights, scaled[:-1], strict=False))
+        turned = max(weights[:-1]) >= FIRM and float((known * scaled[-1]).sum()) < 0
+        heard = known + (-1 if turned else 1) * weights[-1] * scaled[-1]
+        result[rows] = heard / max(sum(weights), 1e-9)
     return result
 
 
 FIRM = 1.5
-"""Clarity, see `weighed`, from which on a division is believed: one normal distribution of standard deviation s has
-about 4.2 s, so that shared confidences would have to spread over all of [0, 1] to reach it without two groups."""
+"""Clarity from which on a division is believed: one normal distribution of standard deviation s has about 4.2 s, so
+that shared confidences would have to spread over all of [0, 1] to reach it without two groups."""
 
 
 def _standardized(values: Tensor) -> Tensor:
@@ -65,11 +71,20 @@ def _standardized(values: Tensor) -> Tensor:
 
 
 def clarity(values: Tensor) -> float:
-    """How clearly `(m,)` values fall into two groups: Ashman's D of their `halves` times the distance as it is."""
+    """How clearly `(m,)` shares or confidences fall into two groups: Ashman's D of their `halves` times their distance.
+
+    So the halves have to lie apart both in their own spread, which is taken to be at least `SHARP` (a few samples agree
+    by chance), and by what the values mean.
+    """
     if len(values) < 2:
         return 0.0
     group, apart = halves(values.double())
-    return apart * abs(float(values[group].mean() - values[~group].mean())) if group.any() and not group.all() else 0.0
+    distance = abs(float(values[group].mean() - values[~group].mean()))
+    return min(apart, distance / SHARP) * distance
+
+
+SHARP = 0.05
+"""Least spread of a group of opinions that all lie in [0, 1]."""
 
 
 def halves(values: Tensor) -> tuple[Tensor, float]:
