@@ -135,13 +135,12 @@ class _Others:
         try:
             for rank in range(1, devices):
                 self._start(_place(rank, devices, self.port), threads, program)
-            for rank, (process, reason) in enumerate(zip(self.processes, self.reasons, strict=True), 1):
-                if reason not in wait([process.sentinel, reason]):
+            for rank, reason in enumerate(self.reasons, 1):
+                if _said(reason, None) is None:
                     raise InputError(
                         f"the process of device {rank} could not begin; a program that trains on several devices must "
                         "do so under `if __name__ == '__main__':`."
                     )
-                reason.recv()
         except BaseException:
             self.end()
             raise
@@ -185,7 +184,7 @@ class _Others:
 
     def reason(self) -> str:
         """What the first process that failed by itself said, else how it ended."""
-        told = [reason.recv() for reason in self.reasons if reason.poll(0.5)]
+        told = [said for said in map(_said, self.reasons) if said is not None]
         if told:
             return str(min(told)[1])
         codes = {rank: process.exitcode for rank, process in enumerate(self.processes, 1) if process.exitcode}
@@ -205,6 +204,14 @@ class _Others:
             process.terminate()
         for process in self.processes:
             process.join()
+
+
+def _said(reason: Connection, patience: float | None = 0.5) -> Any:
+    """What a process has sent; None where it said nothing, which is known at once where it has ended."""
+    try:
+        return reason.recv() if reason.poll(patience) else None
+    except (EOFError, OSError):
+        return None
 
 
 def _other(environment: dict[str, str], threads: int, reason: Connection, program: Program) -> None:
