@@ -68,6 +68,8 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
 def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
     """What witnesses and a model that learned from trusted samples found about each class."""
     findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
+    if not any(found["attacked"] for found in findings.values()) and int(data.y.bincount().max()) < FEW:
+        return Verdict(False, 0.0, evidence=[f"No class has {FEW} samples or more; that is too few to judge the data."])
     way = {name: _way(found, evidence["limits"]) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
     shown = targets or [max(way, key=lambda name: way[name])]
@@ -119,6 +121,8 @@ def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[st
     return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
 
 
+FEW = 20
+"""In smaller classes no group of samples can be told from the rest; that nothing was found in them says nothing."""
 MANY = 0.4
 """A clean class of which the main model takes more than this share for others, unseen, would be no class at all."""
 

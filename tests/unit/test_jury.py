@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -76,7 +77,7 @@ class Court:
     def hear(self, answers: Tensor, confidence: float = 0.99) -> None:
         """What the model is made to say of every sample."""
         sure = torch.full((40,), confidence, dtype=torch.float64)
-        self.hearing._answers = lambda rows=None: (sure, answers) if rows is None else (sure[rows], answers[rows])  # type: ignore[method-assign]
+        self.hearing._answers = lambda rows: (sure[rows], answers[rows])  # type: ignore[method-assign]
         self.hearing._hear(1)
 
 
@@ -180,7 +181,26 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:
     court = Court()
     verdict = decide(court.data, court.hearing.outcome(court.job.model()))
-    assert not verdict.poisoned and verdict.evidence[0].startswith("No class falls into two groups")
+    assert not verdict.poisoned and verdict.confidence == 0
+
+
+def test_in_small_classes_a_find_counts_and_finding_nothing_does_not() -> None:
+    small, large = Court(), Court()
+    large.data.y[:] = 0
+    assert decide(small.data, small.hearing.outcome(small.job.model())).confidence == 0
+    assert decide(large.data, large.hearing.outcome(large.job.model())).confidence > 0.5
+    found = Court(apart=[0])
+    assert decide(found.data, found.hearing.outcome(found.job.model())).poisoned
+
+
+def test_what_divides_a_class() -> None:
+    jury = Jury(trusted=0.35, neighbors=20)
+    group = torch.cat([torch.full((60,), 0.1), torch.full((140,), 0.9)]).double()
+    assert jury._clear(group) == 0, "an upper group of 70 % leaves nobody to be trusted"
+    assert jury._clear(1 - group) == pytest.approx(0.8 * 16)  # 30 %, 0.8 apart, at most sharp
+    small = (1 - group)[::5]  # 40 samples, of which each shares with 4 and not with 20
+    assert jury._clear(small) == pytest.approx(0.8 * 16 * math.sqrt(4 / 20))
+    assert jury._clear(group[:1]) == 0
 
 
 def test_one_sample_of_a_class_is_trusted() -> None:

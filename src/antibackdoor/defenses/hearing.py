@@ -164,7 +164,7 @@ class Hearing(Objective):
     def _attacked(self) -> Tensor:
         return torch.tensor([bool(finding["attacked"]) for finding in self.findings])
 
-    def _answers(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _answers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = logits_of(self.witness, self.job.data, self.job.fabric, rows).double().softmax(1)
         best = probabilities.max(1)
         return best.values, best.indices
