@@ -36,7 +36,7 @@ from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)

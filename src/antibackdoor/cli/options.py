@@ -175,9 +175,7 @@ class Running:
     settings: Settings = None
     seed: Seed = 0
     device: Device = "auto"
-    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or 16-mixed.", rich_help_panel=MACHINE)] = (
-        "auto"
-    )
+    precision: Annotated[str, typer.Option(help="auto, 32-true or bf16-mixed.", rich_help_panel=MACHINE)] = "auto"
     devices: Annotated[
         int, typer.Option(min=1, help="Devices of this machine to train on together.", rich_help_panel=MACHINE)
     ] = 1
