@@ -60,8 +60,8 @@ and a run that was begun on two devices can be resumed on one.
 - **Whole on every device**, so right but no faster: a batch of which a device would get less than two samples, and a
   stage whose objective looks into the network by hooks (the distillation of `nad`, the second stage of `dbr`).
 - **Equal**: all defenses give the partition and flags of one device, and its weights up to rounding, which tests
-  show in float64 on two processes of one CPU. In float32 rounding differs as it does between two numbers of threads,
-  and a training makes much of little. Dropout draws other numbers.
+  show in float64 on two processes of one CPU. In float32 sums are rounded in another order, and a training makes much
+  of little: expect another model of the same kind, not the same one. Dropout draws other numbers.
 - **Failure** of one device ends all, with its sentence and status 2. Only the first writes.
 
 **Not tested**: several GPUs, several machines, and any speed. The folder of the run need only be seen by the first
