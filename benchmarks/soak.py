@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("grid", type=Path)
     parser.add_argument("--profile", default="")
+    parser.add_argument("--only", default="", help="cells in whose name this expression is found")
     parser.add_argument("--ledger", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=90)
@@ -127,10 +128,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    cells = [cell.name() for cell in read_grid(given.grid, given.profile or None).cells()]
+    cells = [cell.name() for cell in read_grid(given.grid, given.profile or None).cells(given.only)]
     before = sum(name in Ledger(given.ledger) for name in cells)
     words = ["bench", str(given.grid), "--out", str(given.ledger), "--workers", str(given.workers), "--quiet"]
-    words += ["--profile", given.profile] * bool(given.profile)
+    words += ["--profile", given.profile] * bool(given.profile) + ["--only", given.only] * bool(given.only)
     command = [sys.executable, "-m", "antibackdoor.cli", *words]
     told = soak(command, f"soak-{os.getpid()}", random.Random(given.seed), given.minutes, given.limit)
     names = Counter(path.stem for path in given.ledger.rglob("*.json") if not path.name.endswith(".error.json"))

@@ -104,6 +104,18 @@ def test_a_grid_is_the_product_of_its_lists_without_doubles(tmp_path: Path) -> N
     assert cells[0].attack_options == {"rate": 0.2} and cells[0].train_size == 120
 
 
+def test_a_part_of_a_grid(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        '[[cells]]\ndata = ["digits"]\nattacks = ["badnets", "blend"]\ndefenses = ["none"]\nseeds = [0, 1]\n'
+    )
+    assert [(cell.attack, cell.seed) for cell in read_grid(path).cells("blend.*s1")] == [("blend", 1)]
+    with pytest.raises(InputError, match="no cell of .* has 'wanet' in its name"):
+        read_grid(path).cells("wanet")
+    with pytest.raises(InputError, match="regular expression"):
+        read_grid(path).cells("(")
+
+
 def test_profiles_overrides_and_exclusions(tmp_path: Path) -> None:
     path = grid(tmp_path, PROFILES.replace("share = 0.2", "target = 1"))
     cpu, paper = read_grid(path), read_grid(path, "paper")
@@ -256,6 +268,14 @@ def test_what_is_lost_is_given_out_again_but_not_for_ever(tmp_path: Path) -> Non
     assert sorted(engine.submitted) == sorted([names[0]] * 2 + [names[1]] * LOST + [names[2]])
     assert set(read_ledger(tmp_path)) == {names[0], names[2]}
     assert Ledger(tmp_path).error(names[1]) == "x" and Ledger(tmp_path).error(names[0]) is None
+
+
+def test_what_is_lost_goes_on_before_others_begin(tmp_path: Path) -> None:
+    cells = seeds(3)
+    first = cells[0].name()
+    engine = Scripted({first: ["lost", "done"]}, slots=1)
+    run_cells(cells, Ledger(tmp_path), engine, stages=tmp_path / ".stages")
+    assert engine.submitted[:2] == [first, first]
 
 
 def test_a_cell_that_gets_on_may_be_lost_often(tmp_path: Path) -> None:

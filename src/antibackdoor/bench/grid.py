@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +71,20 @@ class Grid:
     tables: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
 
-    def cells(self) -> list[Cell]:
-        """The cells to run, in order, without doubles. Raises InputError for methods and options that do not exist."""
-        return list({place.cell.name(): place.cell for place in self.places if not place.excluded}.values())
+    def cells(self, only: str = "") -> list[Cell]:
+        """The cells to run, in order, without doubles; those in whose name the regular expression `only` is found.
+
+        Raises InputError for methods and options that do not exist, and where no cell has such a name.
+        """
+        try:
+            wanted = re.compile(only)
+        except re.error as error:
+            raise InputError(f"--only takes a regular expression, and {only!r} is none: {error}.") from None
+        cells = {place.cell.name(): place.cell for place in self.places if not place.excluded}
+        chosen = [cell for name, cell in cells.items() if wanted.search(name)]
+        if only and not chosen:
+            raise InputError(f"no cell of {self.path} has {only!r} in its name; --plan lists them.")
+        return chosen
 
     def excluded(self) -> dict[str, str]:
         """Names of the cells that are left out, and why."""

@@ -76,7 +76,7 @@ def run_cells(
                 time.sleep(POLL_SECONDS if waiting else 0)  # what is left, if anything, runs in another process
                 continue
             for event in engine.poll(POLL_SECONDS):
-                waiting += run.hear(event)
+                waiting = run.hear(event) + waiting  # what was lost goes on first: its checkpoints are there
     return run.broken
 
 

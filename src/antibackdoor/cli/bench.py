@@ -33,6 +33,7 @@ class TableFormat(StrEnum):
     epilog=examples(
         "antibackdoor bench grid.toml --out results --plan    what is missing",
         "antibackdoor bench grid.toml --out results           run it, or go on",
+        "antibackdoor bench grid.toml --out results --only ecg5000-blend    a part of it",
         "antibackdoor bench --out results --table             only the tables",
     ),
 )
@@ -43,6 +44,7 @@ def bench(
         typer.Option(metavar="DIR", help="The ledger: one JSON a cell; what lies anywhere under it is not run again."),
     ] = Path("results"),
     profile: Annotated[str | None, typer.Option(help="One of the grid's profiles.", show_default="its first")] = None,
+    only: Annotated[str, typer.Option(help="Only cells in whose name this regular expression is found.")] = "",
     plan: Annotated[
         bool, typer.Option("--plan", help="Only tell which cells are done and missing, and how long they will take.")
     ] = False,
@@ -77,7 +79,7 @@ def bench(
     if grid is None and not table:
         raise InputError("give a grid to run, or --table to see what the ledger holds.")
     read = None if grid is None else read_grid(grid, profile)
-    cells, ledger, broken = [] if read is None else read.cells(), Ledger(out), []
+    cells, ledger, broken = [] if read is None else read.cells(only), Ledger(out), []
     if plan and read is not None:
         names = [name for cell in cells if (name := cell.name()) in ledger]
         typer.echo(
