@@ -23,17 +23,21 @@ from sybil.sybil import SybilCollection
 
 def run_commands(example: Example) -> str | None:
     """What went wrong with the first line that did not end with status 0."""
+    for line in example.parsed.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["antibackdoor"] and (wrong := run_command(words[1:])):
+            return wrong
+    return None
+
+
+def run_command(words: list[str]) -> str:
+    """Run it in this process; what went wrong with it, if anything."""
     from typer.testing import CliRunner
 
     from antibackdoor.cli import app
 
-    for line in example.parsed.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["antibackdoor"]:
-            done = CliRunner().invoke(app, words[1:])
-            if done.exit_code != 0:
-                return f"{line}\nended with status {done.exit_code}:\n{done.output}"
-    return None
+    done = CliRunner().invoke(app, words)
+    return f"{words}\nended with status {done.exit_code}:\n{done.output}" if done.exit_code else ""
 
 
 ELSEWHERE = {
@@ -70,7 +74,7 @@ def write_file(example: Example) -> None:
 
 def begin(namespace: dict[str, Any]) -> None:
     """A folder of its own with toy data, one epoch for every training, small networks, and registries to spoil."""
-    from antibackdoor import models
+    from antibackdoor import demo, models
     from antibackdoor.attacks.base import ATTACKS
     from antibackdoor.bench import engines
     from antibackdoor.defenses.base import DEFENSES
@@ -83,7 +87,9 @@ def begin(namespace: dict[str, Any]) -> None:
     for recipe in (Recipe, Steps):
         patch.setattr(recipe, "epochs_for", lambda self, n: 1)
         patch.setattr(recipe, "passes_for", lambda self, n: 1)
-    patch.setattr(engines, "Local", lambda *_, **__: engines.Here())  # other processes would not know of one epoch
+    # Other processes would not know of one epoch.
+    patch.setattr(engines, "Local", lambda *_, **__: engines.Here())
+    patch.setattr(demo, "run_all", lambda commands, _: [run_command(words) for words in commands.values()])
     patch.setattr(models, "AUTO", {"image": "resnet18-w4", "series": "resnet18-w4"})
     for registry in (ATTACKS, DEFENSES, models.MODELS):
         patch.setattr(registry, "_entries", dict(registry._entries))

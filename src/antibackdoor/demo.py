@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from antibackdoor.api import Result, train
+from antibackdoor.bench.machine import cores
 from antibackdoor.bench.poisoned import poison, write_poisoned
 from antibackdoor.data.load import load
 from antibackdoor.defenses import make_defense
-from antibackdoor.files import check_free, write_json
-from antibackdoor.progress import show
+from antibackdoor.errors import InputError
+from antibackdoor.files import check_free, read_json, write_json
 from antibackdoor.report import build_report
 from antibackdoor.report.words import measure
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ SCENES = {
 }
 ATTACK, RATE = "badnets", 0.1
 RUNS = {"no defense": "none", "defended": "auto"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""For networks too small to be shared among threads, which would wait for each other most of the time."""
 
 
 def run_demo(
@@ -48,69 +51,99 @@ def run_demo(
     progress_console: Console,
     *,
     epochs: int | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, str] | None = None,
     seed: int = 0,
     quiet: bool = False,
 ) -> list[Path]:
-    """Run the scenes and print what came out; returns the reports of the defended runs.
+    """Poison the sets, run `antibackdoor train` on each with and without a defense, as many at once as there are cores.
 
     epochs: exactly so many for the main training, in place of the defaults. settings: options of the defense.
-    Raises InputError where `out` is in use.
+    Prints what came out, and returns the reports of the defended runs. Raises InputError where `out` is in use.
     """
     check_free(out)
-    settings = {**({"main.min_steps": 0} if epochs else {}), **(settings or {})}
-    undefended = {"recipe.min_steps": 0} if epochs else {}
-    make_defense("auto", settings)  # a wrong setting is told before anything is trained
-    # These networks are too small to share among threads, which on a busy machine wait for each other most of the time.
-    torch.set_num_threads(1)
-    reports = []
+    given = {
+        "none": {"recipe.min_steps": "0"} if epochs else {},
+        "auto": {**({"main.min_steps": "0"} if epochs else {}), **(settings or {})},
+    }
+    make_defense("auto", given["auto"])  # a wrong setting is told before anything is trained
+    commands, targets = dict[str, list[str]](), dict[str, str]()
     for kind in kinds:
         scene = SCENES[kind]
         poisoned = poison(replace(load(scene.data), name=scene.data), ATTACK, {"rate": RATE}, seed=seed)
         counts, spec = poisoned.attack["counts"], poisoned.splits.train.spec
-        target = spec.classes[int(poisoned.experiment.targets[0])]
+        targets[kind] = spec.classes[int(poisoned.experiment.targets[0])]
         console.print(
             f"[bold]{scene.data}[/] ({scene.words}): {ATTACK} poisons {counts['poisoned']} of {counts['n']} training "
-            f"samples, so that a trigger leads to the class {escape(target)!r}.",
+            f"samples, so that a trigger leads to the class {escape(targets[kind])!r}.",
             soft_wrap=True,
         )
-        write_poisoned(poisoned, out / f"{scene.data}-poisoned")
-        results: dict[str, Result] = {}
+        folder = out / f"{scene.data}-poisoned"
+        write_poisoned(poisoned, folder)
         for name, defense in RUNS.items():
-            with show(progress_console, quiet=quiet, title=name) as progress:
-                results[name] = train(
-                    poisoned.splits,
-                    defense=defense,
-                    options=settings if defense == "auto" else undefended,
-                    model=scene.model,
-                    epochs=epochs,
-                    seed=seed,
-                    out=_folder(out, scene, defense),
-                    progress=progress,
-                    experiment=poisoned.experiment,
-                )
-        rows = [{"name": name, **_measures(result)} for name, result in results.items()]
-        for defense in RUNS.values():
-            write_json(_folder(out, scene, defense) / "comparison.json", {"rows": rows})
-            build_report(_folder(out, scene, defense))
-        console.print(_table(rows))
-        reports.append(_folder(out, scene, "auto") / "report.html")
-        console.print(
-            f"{_conclusion(rows)} {_judged(results['defended'], target)}\nReport: {escape(str(reports[-1]))}\n",
-            soft_wrap=True,
+            words = [folder / "data.npz", "--truth", folder, "--model", scene.model, "--defense", defense]
+            words += ["--seed", seed, "--out", _folder(out, scene, defense)]
+            words += ["--epochs", epochs] if epochs else []
+            for key, value in given[defense].items():
+                words += ["--set", f"{key}={value}"]
+            commands[f"{scene.data}, {name}"] = ["train", *map(str, words)]
+    told = Console(quiet=True) if quiet else progress_console
+    run_all(dict(sorted(commands.items(), key=lambda command: "defended" not in command[0])), told)
+    return [_tell(out, SCENES[kind], targets[kind], console) for kind in kinds]
+
+
+def run_all(commands: dict[str, list[str]], console: Console) -> None:
+    """Run the commands side by side, in this order; every line that they say is passed on under their name."""
+    running, env = dict[str, subprocess.Popen[str]](), {**os.environ, **ONE_THREAD}
+
+    def run(name: str) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "antibackdoor.cli", *commands[name]],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=env,
         )
-    return reports
+        running[name], last = process, ""
+        for line in process.stderr or ():
+            last = line.strip()
+            console.print(f"{name}: {last}", markup=False, highlight=False, soft_wrap=True)
+        return last if process.wait() else ""
+
+    pool = ThreadPoolExecutor(max_workers=cores())
+    try:
+        for broken in pool.map(run, commands):
+            if broken:
+                raise InputError(broken.removeprefix("error: "))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running.values():
+            process.terminate()
+
+
+def _tell(out: Path, scene: Scene, target: str, console: Console) -> Path:
+    """Print what the two runs of a scene came to; returns the report of the defended one."""
+    folders = {name: _folder(out, scene, defense) for name, defense in RUNS.items()}
+    rows = [{"name": name, **_measures(folder)} for name, folder in folders.items()]
+    for folder in folders.values():
+        write_json(folder / "comparison.json", {"rows": rows})
+        build_report(folder)
+    report = folders["defended"] / "report.html"
+    console.print(_table(rows))
+    console.print(f"{_conclusion(rows)} {_judged(folders['defended'], target)}", soft_wrap=True)
+    console.print(f"Report: {escape(str(report))}\n", soft_wrap=True)
+    return report
 
 
 def _folder(out: Path, scene: Scene, defense: str) -> Path:
     return out / f"{scene.data}-{'undefended' if defense == 'none' else 'defended'}"
 
 
-def _measures(result: Result) -> dict[str, Any]:
+def _measures(folder: Path) -> dict[str, Any]:
     """What is compared; how many samples a run without defense flags means nothing, so it is left out."""
-    m = result.metrics
+    m = read_json(folder / "metrics.json")
     kept = {key: m[key] for key in ("clean_accuracy", "attack_success_rate", "excess_attack_success_rate")}
-    if result.suspects["flagged"].any():
+    if read_json(folder / "result.json")["flagged"]:
         kept |= {key: m["detection"][key] for key in ("flagged_precision", "flagged_recall")}
     return kept
 
@@ -124,13 +157,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _judged(result: Result, target: str) -> str:
+def _judged(folder: Path, target: str) -> str:
     """Whether the verdict was right."""
-    verdict = result.verdict
-    if not verdict.poisoned:
+    verdict = read_json(folder / "verdict.json")
+    if not verdict["poisoned"]:
         return "The verdict is WRONG here: it says that nothing was found."
-    named = ", ".join(verdict.target_classes)
-    right = "rightly" if verdict.target_classes == [target] else "WRONGLY"
+    named = ", ".join(verdict["target_classes"])
+    right = "rightly" if verdict["target_classes"] == [target] else "WRONGLY"
     return f"The verdict says that the data is poisoned and {right} names the class {escape(named)!r}."
 
 
