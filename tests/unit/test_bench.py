@@ -110,7 +110,7 @@ def test_a_part_of_a_grid(tmp_path: Path) -> None:
         '[[cells]]\ndata = ["digits"]\nattacks = ["badnets", "blend"]\ndefenses = ["none"]\nseeds = [0, 1]\n'
     )
     assert [(cell.attack, cell.seed) for cell in read_grid(path).cells("blend.*s1")] == [("blend", 1)]
-    with pytest.raises(InputError, match="no cell of .* has 'wanet' in its name"):
+    with pytest.raises(InputError, match=r"no cell of .* has 'wanet' in its name"):
         read_grid(path).cells("wanet")
     with pytest.raises(InputError, match="regular expression"):
         read_grid(path).cells("(")
