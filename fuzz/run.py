@@ -2,7 +2,8 @@
 
 Each target runs in a process of its own, in turns. The parent starts it again where it dies, keeps the input that it
 died of, and counts. Guided by coverage where `atheris` is installed, else by blind mutation of the corpus. In both
-cases an input may take five seconds, and a process one GiB beyond what it had before the first.
+cases an input may take five seconds, and a process one GiB beyond what it had before the first. Counts are added to
+those that FILE.json holds already; inputs that broke something stay in the folder `--work`.
 """
 
 from __future__ import annotations
@@ -201,24 +202,28 @@ def fuzz(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> tu
     return deaths, spent
 
 
-def numbers(target: str, folder: Path) -> dict[str, Any]:
-    """What all processes of a target told, together."""
+def numbers(target: str, folder: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """What all processes of a target told, together, and what a call before this one told."""
     told = [json.loads(path.read_text()) for path in folder.glob("told-*")]
     growth = [part["peak_rss_mib"] - part["start_rss_mib"] for part in told]
     return {
         "target": target,
-        "executions": sum(part["executions"] for part in told),
-        "refused": sum(part["refused"] for part in told),
-        "slowest_seconds": max((part["slowest_seconds"] for part in told), default=None),
-        "most_growth_mib": max(growth, default=None),
-        "found": sorted({text for part in told for text in part["found"]}),
+        "executions": before["executions"] + sum(part["executions"] for part in told),
+        "refused": before["refused"] + sum(part["refused"] for part in told),
+        "slowest_seconds": max([before["slowest_seconds"], *(part["slowest_seconds"] for part in told)]),
+        "most_growth_mib": max([before["most_growth_mib"], *growth]),
+        "found": sorted({*before["found"], *(text for part in told for text in part["found"])}),
     }
+
+
+NOTHING = {"executions": 0, "refused": 0, "slowest_seconds": 0, "most_growth_mib": 0, "found": []}
+NOTHING |= {"cpu_seconds": 0, "deaths": []}
 
 
 def main() -> None:
     """All targets in turns, until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("targets", nargs="*")
+    parser.add_argument("targets", nargs="*", choices=[[], *sorted(path.name for path in (HERE / "corpus").iterdir())])
     parser.add_argument("--seconds", type=int, default=600, help="in all")
     parser.add_argument("--turn", type=int, default=20, help="seconds of a target before it is another's turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -231,13 +236,21 @@ def main() -> None:
     prepare(guided)
     os.nice(given.nice)
     names = given.targets or sorted(path.name for path in (HERE / "corpus").iterdir())
-    deaths, spent = dict[str, list[str]](), dict.fromkeys(names, 0.0)
+    earlier = json.loads(given.out.read_text())["targets"] if given.out and given.out.exists() else []
+    before = dict.fromkeys(names, NOTHING) | {row["target"]: row for row in earlier}
+    for path in given.work.glob("*/told-*"):
+        path.unlink()  # of a call before this one
+    deaths = {name: list(row["deaths"]) for name, row in before.items()}
+    spent = {name: float(row["cpu_seconds"]) for name, row in before.items()}
     end, turn = time.monotonic() + given.seconds, 0
     while time.monotonic() < end:
         name, seed = names[turn % len(names)], given.seed + 1000 * turn
         died, cost = fuzz(name, given.work / name, given.turn, seed, guided)
-        deaths[name], spent[name], turn = deaths.get(name, []) + died, spent[name] + cost, turn + 1
-        rows = [{**numbers(n, given.work / n), "cpu_seconds": round(spent[n]), "deaths": deaths[n]} for n in deaths]
+        deaths[name], spent[name], turn = deaths[name] + died, spent[name] + cost, turn + 1
+        rows = [
+            {**numbers(n, given.work / n, before[n]), "cpu_seconds": round(spent[n], 1), "deaths": deaths[n]}
+            for n in sorted(before)
+        ]
         told = {
             "engine": "atheris (libFuzzer, guided by coverage)" if guided else "blind mutation",
             "executions": sum(row["executions"] for row in rows),
