@@ -95,17 +95,34 @@ def test_samples_without_a_label_give_their_places_to_others() -> None:
     assert torch.equal(batch.y, court.given[batch.rows])
 
 
+def strong_views(court: Court) -> bool:
+    """Whether the training changes the samples more than its recipe says, which here is not at all."""
+    plain = gather(court.data, (court.place < 5).nonzero().flatten(), torch.device("cpu"))
+    batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
+    return not torch.equal(batch.x, plain.x)
+
+
 def test_views_are_strong_until_all_classes_are_acquitted() -> None:
     court = Court()
-    plain = gather(court.data, (court.place < 5).nonzero().flatten(), torch.device("cpu"))
-
-    def changed() -> bool:
-        batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
-        return not torch.equal(batch.x, plain.x)
-
-    assert changed()
+    assert strong_views(court)
     court.hear(court.given)
-    assert not changed()
+    assert not strong_views(court)
+
+
+def test_views_stay_strong_where_poison_may_have_leaked() -> None:
+    court = Court()
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)))
+    assert court.hearing.findings[1]["attacked"] and strong_views(court)
+
+
+def test_views_are_strong_no_longer_than_to_the_hearing_where_all_poison_is_apart() -> None:
+    court = Court(apart=[25, 29, 33, 37])
+    assert strong_views(court)
+    court.hear(court.given)
+    assert court.hearing.findings[1]["attacked"] and not strong_views(court)
+    other = Court(apart=[25, 29, 33, 37])
+    other.hear(other.elsewhere((other.given == 2) & (other.place >= 6)))
+    assert [f["attacked"] for f in other.hearing.findings] == [False, True, True, False] and strong_views(other)
 
 
 def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:
