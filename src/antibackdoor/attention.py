@@ -86,7 +86,8 @@ def attention_of(data: Data, outcome: Outcome, fabric: Fabric) -> Attention | No
     if data.spec.kind == "image":
         laid[2:] = [mean.transpose(1, 2, 0) for mean in laid[2:]]
     witness = "second head" if outcome.witness else "model"
-    return Attention(data.spec.classes[label], witness, len(found), *laid, reference=rest, aligned=aligned)
+    shown = dict(zip(("suspects", "trusted", "suspects_mean", "trusted_mean"), laid, strict=True))
+    return Attention(data.spec.classes[label], witness, len(found), reference=rest, aligned=aligned, **shown)
 
 
 def _laid(values: Tensor, lengths: Tensor | None, span: int, aligned: str) -> Tensor:
