@@ -229,3 +229,22 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     deposition = deposed(within(torch.rand(40), data.y), torch.rand(40), nobody)
     hearing = Hearing(Jury(), job, job.model(), deposition)
     assert hearing.trusted[0]
+
+
+def test_an_outsider_learns_from_so_many_samples_of_all_classes_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = toy_images(40), list[tuple[str, list[int]]]()
+    job = Job(data, model="resnet18-w4", fabric=FABRIC)
+    monkeypatch.setattr(job, "fit", lambda name, *_, rows, **__: seen.append((name, rows.tolist())))
+    Jury(lessons=12)._home(job, data.y)
+    assert [name for name, _ in seen] == [f"outsider {label}" for label in range(4)]
+    for label, (_, rows) in enumerate(seen):
+        assert len(set(rows)) == 12 and label not in data.y[rows].tolist()
+    seen.clear()
+    Jury(lessons=50)._home(job, data.y)
+    assert [len(rows) for _, rows in seen] == [30] * 4
+
+
+@pytest.mark.parametrize(("n", "batch", "epochs"), [(200, 16, 62), (50_000, 128, 12), (2_000_000, 128, 12)])
+def test_the_defaults_follow_the_size_of_the_set(n: int, batch: int, epochs: int) -> None:
+    main = Jury().main
+    assert (main.batch_for(n), main.epochs_for(n) * main.passes_for(n)) == (batch, epochs)

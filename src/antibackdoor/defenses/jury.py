@@ -68,6 +68,7 @@ class Jury(Defense):
     outsider: Annotated[Recipe, Field(description="of the shallow models that each lack some classes")] = Recipe(
         epochs=1, min_steps=75, batch_size=64, learning_rate=0.05, augment="none"
     )
+    lessons: Annotated[int, Field(ge=2, description="samples that an outsider learns from at most")] = 50_000
     mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
     neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
@@ -164,6 +165,9 @@ class Jury(Defense):
             name, rows = f"outsider {number}", inside.nonzero().flatten()
             tap = self._tapped(job, name)
             others = (~inside).nonzero().flatten()
+            if len(others) > self.lessons:
+                chosen = torch.randperm(len(others), generator=generator(job.seed, name))[: self.lessons]
+                others = others[chosen.sort().values]
             job.fit(name, tap, Witness(job), self.outsider, rows=others, parameters=tap.warm_up_parameters())
             logits = logits_of(tap, job.data, job.fabric, rows, call=second_logits).double()
             best = logits[:, known].softmax(1).max(1)
