@@ -1,0 +1,195 @@
+"""E2ABL's split of the samples and the classes it gives back to some of them, worked by hand on scripted heads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from antibackdoor.data.core import Data
+from antibackdoor.defenses import dual_head
+from antibackdoor.defenses.dual_head import Dual, Trap, second_logits
+from antibackdoor.defenses.e2abl import E2ABL
+from antibackdoor.defenses.suspects import suspects_of
+from antibackdoor.models.tap import Tap
+from antibackdoor.training.job import Job
+from antibackdoor.training.ranking import LossDrop
+from tiny import FABRIC
+from toy import toy_images
+
+GIVEN = toy_images(20).y  # 0 1 2 3 0 1 2 3 ...
+BACKDOOR = 1
+PAPER: dict[str, Any] = {
+    "remainder": "trap",
+    "predominance": 0.0,
+    "recovery_delay": 0,
+    "recover_only_backdoor_label": False,
+}
+
+
+class Heads:
+    """`Dual` on 20 samples, of which the ranking finds 1, 5, 9, 13, 2, 17 most suspicious; the heads say what is asked.
+
+    8 are isolated, 4 recovered. The second head answers the backdoor class on the top four. The main head answers the
+    backdoor class where nothing else is said, with the class after the given one as its second choice.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: list[int], main: dict[int, int], **options: object):
+        method = E2ABL(isolation_rate=0.4, recovery_rate=0.2, recovery_floor=1, **options)
+        job = Job(toy_images(20), model="resnet18-w4", fabric=FABRIC)
+        self.scores = torch.zeros(20)
+        self.scores[first] = torch.arange(20, 20 - len(first), -1).float()
+        ranking = SimpleNamespace(scores=lambda: self.scores)
+        self.dual = Dual(method, job, cast(Trap, SimpleNamespace(ranking=ranking)))
+        self.main, self.asked_for = main, list[int]()
+        monkeypatch.setattr(dual_head, "logits_of", self.logits)
+        self.tap = cast(Tap, SimpleNamespace(backbone="main"))
+
+    def logits(self, model: object, data: Data, fabric: object, rows: Tensor, call: object = None) -> Tensor:
+        out = torch.zeros(len(rows), 4)
+        for place, row in enumerate(rows.tolist()):
+            if call is second_logits:
+                out[place, BACKDOOR if row != 2 else 3] = 1
+            else:
+                out[place, self.main.get(row, BACKDOOR)] = 2
+                out[place, (int(GIVEN[row]) + 1) % 4] += 1
+        self.asked_for += [] if call is second_logits else rows.tolist()
+        return out
+
+    def split(self, epoch: int = 1) -> tuple[set[int], set[int], Tensor]:
+        self.dual.partition(self.tap, epoch)
+        part = self.dual.partitions[-1]
+        return rows_of(part.isolated), rows_of(part.recovered), part.labels
+
+
+def rows_of(mask: Tensor) -> set[int]:
+    return set(mask.nonzero().flatten().tolist())
+
+
+TOP = [1, 5, 9, 13, 2, 17, 6, 10]  # the last three: labels 1, 2, 2
+
+
+def test_as_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The top of the ranking is isolated, its first part gets the main head's best class but the backdoor's."""
+    heads = Heads(monkeypatch, TOP, {5: 3}, **PAPER)
+    isolated, recovered, labels = heads.split()
+    assert heads.dual.backdoor_class == BACKDOOR
+    assert isolated == set(TOP) and recovered == {1, 5, 9, 13}
+    assert {row: int(labels[row]) for row in recovered} == {1: 2, 5: 3, 9: 2, 13: 2}  # 1, 9, 13: its second choice
+    others = [row for row in range(20) if row not in recovered]
+    assert torch.equal(labels[others], GIVEN[others])
+    assert rows_of(heads.dual.in_main) == set(range(20)) - {2, 17, 6, 10}
+    assert rows_of(heads.dual.isolated) == isolated and (heads.dual.sign == 1).all()
+
+
+def test_labels_are_recovered_only_once_the_main_head_has_learned_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(monkeypatch, TOP, {5: 3}, **{**PAPER, "recovery_delay": 0.5})
+    _, recovered, labels = heads.split(0)
+    assert recovered == {1, 5, 9, 13} and torch.equal(labels, GIVEN) and heads.asked_for == []
+    assert rows_of(heads.dual.in_main) == set(range(20)) - set(TOP)
+    epochs = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20)
+    assert int(heads.split(epochs)[2][5]) == 3
+    assert rows_of(heads.dual.in_main) == set(range(20)) - {2, 17, 6, 10}
+
+
+@pytest.mark.parametrize(("share", "recovered"), [(0.75, {1, 5, 9, 13}), (0.76, set())])
+def test_nothing_is_recovered_where_the_backdoor_class_does_not_predominate(
+    monkeypatch: pytest.MonkeyPatch, share: float, recovered: set[int]
+) -> None:
+    first = [1, 5, 9, 2, 13, 17, 6, 10]  # three of the first four are labeled 1
+    heads = Heads(monkeypatch, first, {}, **{**PAPER, "predominance": share})
+    expected = {1, 5, 9, 2} if recovered else set()
+    assert heads.split()[1] == expected
+
+
+def test_only_samples_labeled_with_the_backdoor_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [1, 5, 2, 9, 13, 17, 6, 10]
+    heads = Heads(monkeypatch, first, {}, **{**PAPER, "recover_only_backdoor_label": True})
+    isolated, recovered, _ = heads.split()
+    assert recovered == {1, 5, 9} and isolated == set(first)
+
+
+@pytest.mark.parametrize(
+    ("remainder", "isolated", "recovered"),
+    [
+        ("trap", set(TOP), {1, 5, 9, 13}),
+        ("recover", set(TOP), set(TOP)),
+        ("return", {1, 5, 9, 13, 17}, {1, 5, 9, 13}),
+    ],
+)
+def test_what_becomes_of_the_rest(
+    monkeypatch: pytest.MonkeyPatch, remainder: str, isolated: set[int], recovered: set[int]
+) -> None:
+    heads = Heads(monkeypatch, TOP, {}, **{**PAPER, "remainder": remainder})
+    assert heads.split()[:2] == (isolated, recovered)
+
+
+def test_the_rest_of_the_class_comes_back_if_the_main_head_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class 1 is 1, 5, 9, 13, 17; isolated are 1, 5 and, on probation (3 of 5 in all), 9."""
+    first = [1, 5, 2, 6, 10, 14, 18, 3, 9]
+    heads = Heads(monkeypatch, first, {5: 0}, remainder="agree", probation=0.6, recovery_delay=0.5, predominance=0.0)
+    assert heads.split(0)[:2] == ({1, 5, 9}, {1, 5})
+    last = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20)
+    isolated, recovered, labels = heads.split(last)
+    assert isolated == {1, 5}, "9 is back, since the main head answers its label"
+    assert recovered == {1, 5} and (int(labels[1]), int(labels[5])) == (2, 0)
+    assert heads.dual.rest == [0, 2], "13 and 17 were not isolated, and it agrees with both"
+    heads.main = {9: 2, 13: 2}
+    assert heads.split(last)[0] == {1, 5}, "it is asked once: later it only repeats what it was taught"
+
+
+def test_a_sample_on_probation_that_is_taken_for_another_class_learns_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [1, 5, 2, 6, 10, 14, 18, 3, 9]
+    options = {"remainder": "agree", "probation": 0.6, "recovery_delay": 0, "predominance": 0.0}
+    heads = Heads(monkeypatch, first, {9: 0, 13: 3}, **options)
+    isolated, recovered, labels = heads.split()
+    assert isolated == {1, 5, 9} and recovered == {1, 5, 9} and int(labels[9]) == 0
+    assert heads.dual.rest == [1, 2], "13 was not isolated, and is taken for class 3"
+
+
+def test_without_a_warm_up_nothing_is_known_before_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(monkeypatch, TOP, {}, **PAPER, warm_up=None)
+    assert heads.split(0)[:2] == (set(), set())
+    assert heads.split(1)[0] == set(TOP)
+
+
+def test_unlearning_turns_the_sign_of_what_would_have_been_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(monkeypatch, TOP, {}, **PAPER, control="unlearn")
+    assert torch.equal(heads.split()[2], GIVEN)
+    assert rows_of(heads.dual.sign < 0) == {1, 5, 9, 13} and set(heads.dual.sign.tolist()) == {1.0, -1.0}
+    assert rows_of(heads.dual.in_main) == set(range(20)) - {2, 17, 6, 10}
+
+
+def test_counts_of_small_sets() -> None:
+    """At least one is isolated; the floor of the recovered never exceeds the isolated."""
+    job = Job(toy_images(20), model="resnet18-w4", fabric=FABRIC)
+    trap = cast(Trap, SimpleNamespace(ranking=LossDrop(20, "square")))
+    tiny = Dual(E2ABL(isolation_rate=0.001, recovery_floor=8), job, trap)
+    assert (tiny.isolated_count, tiny.recovered_count) == (1, 1)
+    floor = Dual(E2ABL(isolation_rate=0.5, recovery_rate=0.01, recovery_floor=3), job, trap)
+    assert (floor.isolated_count, floor.recovered_count) == (10, 3)
+    rate = Dual(E2ABL(isolation_rate=0.5, recovery_rate=0.2, recovery_floor=3), job, trap)
+    assert rate.recovered_count == 4
+
+
+def test_who_is_suspect_and_how_often_the_main_head_disagreed() -> None:
+    """Candidates are 1, 5, 9, 13 in this order of suspicion; it took 1, 5 and 9 for others, and went back on 9."""
+    asked = torch.full((20,), -1)
+    asked[[1, 5, 9, 13]] = torch.tensor([2, 0, 3, 1])
+    scores = torch.zeros(20)
+    scores[[1, 5, 9, 13]] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    logits = torch.nn.functional.one_hot(GIVEN, 4).float() * 3
+    logits[1], logits[5] = torch.tensor([0.0, 0, 3, 0]), torch.tensor([3.0, 0, 0, 0])
+    found = suspects_of(torch.nn.Identity(), toy_images(20), scores, logits, asked, 1, [])
+    assert rows_of(found.flagged) == {1, 5}
+    assert {row: int(found.suggested[row]) for row in range(20) if found.suggested[row] >= 0} == {1: 2, 5: 0}
+    assert found.evidence["disagree_in_suspicious_half"] == {"count": 2, "n": 2}
+    assert found.evidence["disagree_in_other_half"] == {"count": 1, "n": 2}
+    assert found.evidence["backdoor_class"] == 1 and found.evidence["flagged"] == 2
+    sure = torch.tensor([0.0, 3, 0, 0]).softmax(0)
+    assert found.probability[13] == pytest.approx(1 - float(sure[1])) and found.probability[0] == 0
+    assert found.probability[1] == pytest.approx(1 - float(sure[0]))
+    assert set(found.reasons) == {1, 5} and "'class 1'" in found.reasons[1]
