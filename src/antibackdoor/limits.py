@@ -95,9 +95,10 @@ def read_table(path: Path, kinds: Mapping[str, Any], **more: Any) -> DataFrame:
 
     refuse_special(path, MAX_TABLE)
     try:
-        return pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
+        table: DataFrame = pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}.") from None
+    return table
 
 
 def read_toml(path: Path, wrong: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +106,11 @@ def _copies(path: Path) -> Path:
 def _mapped(file: Path) -> npt.NDArray[Any] | None:
     """The array in a copy; None where it is missing or damaged."""
     refuse_other(file)
-    with suppress(OSError, ValueError, EOFError):
-        return np.asanyarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    return None
+    try:
+        found: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found
 
 
 def map_member(path: Path, name: str) -> npt.NDArray[Any]:

@@ -128,7 +128,7 @@ def _suspects(path: Path, truth: Path) -> Suspects:
     return Suspects(
         score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
         flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
-        label=labels.cat.codes.to_numpy(dtype=np.int64),
+        label=np.asarray(labels.cat.codes, dtype=np.int64),
         classes=[str(name) for name in labels.cat.categories],
         first=[{str(key): from_csv_cell(str(value)) for key, value in row.items()} for row in first],
         truth=table["id"].isin(poisoned).to_numpy(dtype=np.bool_) if known else None,
