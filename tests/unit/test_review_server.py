@@ -311,7 +311,6 @@ def test_connections_without_a_whole_request_are_closed(
     try:
         for sock in slow:
             sock.sendall(text.replace(b"{host}", client.host.encode()))
-        assert client.get("/api/start")[0] == 503 if case != "nothing" else True
         for sock in slow:
             while sock.recv(4096):
                 pass
