@@ -41,7 +41,7 @@ def helps() -> str:
     """The help text of every command."""
     parts = []
     for command in ORDER:
-        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "96"}, prog_name="antibackdoor").output
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}, prog_name="antibackdoor").output
         parts += [f"## {command}", "", "```text", text.strip("\n"), "```", ""]
     return "\n".join(parts)
 

@@ -10,10 +10,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from antibackdoor.data.batches import gather
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
 from antibackdoor.training.objectives import forward
-from antibackdoor.training.occlusion import mean_sample, occlusion
+from antibackdoor.training.occlusion import average, occlusion
 from antibackdoor.training.ranking import top
 
 SAMPLES, LARGE = 10, 3 * 64 * 64
@@ -27,6 +28,8 @@ class Attention:
     suspects, trusted: `(H, W)` or `(C, T)`, how much of the answer rests on each place (see `occlusion`).
     suspects_mean, trusted_mean: `(H, W, C)` in [0, 1], or `(C, T)`: the average sample itself.
     reference: row numbers of the trusted samples. witness: whose answer it is, "second head" or "model".
+    aligned: where series differ in length, how they lie over each other: "start" or "end", whichever shows the suspects
+    more sharply; T is then the length that half of them reach. "" for all others.
     """
 
     label: str
@@ -37,11 +40,12 @@ class Attention:
     suspects_mean: np.ndarray
     trusted_mean: np.ndarray
     reference: Tensor
+    aligned: str = ""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `attention.npz` holds."""
         named = ("suspects", "trusted", "suspects_mean", "trusted_mean")
-        words = {"label": np.array(self.label), "witness": np.array(self.witness), "n": np.array(self.n)}
+        words = {name: np.array(getattr(self, name)) for name in ("label", "witness", "n", "aligned")}
         return {**{name: getattr(self, name).astype(np.float32) for name in named}, **words}
 
 
@@ -69,13 +73,28 @@ def attention_of(data: Data, outcome: Outcome, fabric: Fabric) -> Attention | No
     if not len(rest):
         return None
     model, call = outcome.witness or (outcome.model, forward)
-    maps = [occlusion(model, data, rows, fabric, call=call).float().numpy() for rows in (found, rest)]
-    means = [_mean(data, rows, fabric) for rows in (found, rest)]
+    maps = [occlusion(model, data, rows, fabric, call=call) for rows in (found, rest)]
+    batches = [gather(data, rows, fabric.device) for rows in (found, rest)]
+    samples = [batch.x.cpu() for batch in batches]
+    lengths = [None if batch.lengths is None else batch.lengths.cpu() for batch in batches]
+    known = [of for of in lengths if of is not None]
+    span = min((int(of.median()) for of in known), default=data.spec.shape[-1])
+    # What lies at the end of series of unequal length is at another step in each; where they agree, peaks add up.
+    ways = ("start", "end") if known and len(torch.cat(known).unique()) > 1 else ("",)
+    aligned = max(ways, key=lambda way: float(_laid(maps[0], lengths[0], span, way).max()))
+    laid = [_laid(values, of, span, aligned).numpy() for values, of in zip(maps + samples, lengths * 2, strict=True)]
+    if data.spec.kind == "image":
+        laid[2:] = [mean.transpose(1, 2, 0) for mean in laid[2:]]
     witness = "second head" if outcome.witness else "model"
-    return Attention(data.spec.classes[label], witness, len(found), maps[0], maps[1], means[0], means[1], rest)
+    shown = dict(zip(("suspects", "trusted", "suspects_mean", "trusted_mean"), laid, strict=True))
+    return Attention(data.spec.classes[label], witness, len(found), reference=rest, aligned=aligned, **shown)
 
 
-def _mean(data: Data, rows: Tensor, fabric: Fabric) -> np.ndarray:
-    """The average sample; of images with the channels last."""
-    mean = mean_sample(data, rows, fabric).cpu().numpy()
-    return mean.transpose(1, 2, 0) if data.spec.kind == "image" else mean
+def _laid(values: Tensor, lengths: Tensor | None, span: int, aligned: str) -> Tensor:
+    """The average of samples or maps; series laid over each other by their start or end, the first or last `span`."""
+    if lengths is None:
+        return average(values, None)
+    if aligned != "end":
+        return average(values, lengths)[:, :span]
+    back = (lengths[:, None, None] - 1 - torch.arange(values.shape[-1])).clamp_min(0).expand_as(values)
+    return average(values.gather(2, back), lengths)[:, :span].flip(1)

@@ -34,6 +34,7 @@ class InputError(ValueError):
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a closed list, with the nearest known name as a hint."""
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1)
+    begun = [choice for choice in choices if choice.startswith(name)] if len(name) > 1 else []
+    near = begun if len(begun) == 1 else difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}."
     return InputError(f"unknown {what} {name!r}: {hint}")

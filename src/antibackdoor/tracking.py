@@ -67,8 +67,10 @@ class Tracking:
         bare = {key: value.get("value") if isinstance(value, dict) else value for key, value in metrics.items()}
         numbers = {key: float(value) for key, value in bare.items() if _is_number(value)}
         self._log(numbers, None)
-        for logger in self.loggers.values():
+        for name, logger in self.loggers.items():
             logger.finalize("success")
+            if name == "wandb":  # its logger leaves the run open, and the next one would be told to it
+                logger.experiment.finish()
 
     def _log(self, numbers: dict[str, float], step: int | None) -> None:
         for logger in self.loggers.values():

@@ -121,6 +121,24 @@ def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:
     assert "did you mean 'badnets'" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("list", "defens"), "unknown word 'defens': did you mean 'defenses'?"),
+        (("review", "run", "--format", "foldr"), "unknown value of --format 'foldr': did you mean 'folder'?"),
+        (("list", "detectors", "spectral"), "did you mean 'spectral_signatures'?"),
+    ],
+)
+def test_the_nearest_word_of_a_closed_list(run: Run, words: tuple[str, ...], sentence: str) -> None:
+    assert sentence in run(*words, status=2).stderr
+
+
+@pytest.mark.parametrize("words", [("--epochs", "x"), ("--modle", "x")])
+def test_json_of_words_that_the_command_does_not_take(run: Run, words: tuple[str, ...]) -> None:
+    result = run("train", "photos", "--out", "run", *words, "--json", status=2)
+    assert words[0] in json.loads(result.stdout)["error"]
+
+
 def test_no_colors_in_a_pipe(run: Run) -> None:
     code = "from antibackdoor.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, env=SHELL, check=True)

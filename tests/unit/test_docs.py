@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import yaml
 from typer.main import get_command
 
+import antibackdoor
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.cli import app
 from antibackdoor.threats import references
@@ -119,6 +120,13 @@ def test_the_gates_for_other_machines() -> None:
 def test_every_entry_of_atlas_and_nist_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "limits.md").read_text("utf-8")
     assert all(f"[{entry['id']}]({entry['url']}) | {entry['name']} |" in text for entry in references(True))
+
+
+def test_everything_that_can_be_imported_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "index.md").read_text("utf-8")
+    rooms = antibackdoor._ROOMS
+    assert set(rooms) == set(antibackdoor.__all__)
+    assert [name for name, room in rooms.items() if f"::: antibackdoor.{room}.{name}\n" not in page] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -95,17 +95,34 @@ def test_samples_without_a_label_give_their_places_to_others() -> None:
     assert torch.equal(batch.y, court.given[batch.rows])
 
 
+def strong_views(court: Court) -> bool:
+    """Whether the training changes the samples more than its recipe says, which here is not at all."""
+    plain = gather(court.data, (court.place < 5).nonzero().flatten(), torch.device("cpu"))
+    batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
+    return not torch.equal(batch.x, plain.x)
+
+
 def test_views_are_strong_until_all_classes_are_acquitted() -> None:
     court = Court()
-    plain = gather(court.data, (court.place < 5).nonzero().flatten(), torch.device("cpu"))
-
-    def changed() -> bool:
-        batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
-        return not torch.equal(batch.x, plain.x)
-
-    assert changed()
+    assert strong_views(court)
     court.hear(court.given)
-    assert not changed()
+    assert not strong_views(court)
+
+
+def test_views_stay_strong_where_poison_may_have_leaked() -> None:
+    court = Court()
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)))
+    assert court.hearing.findings[1]["attacked"] and strong_views(court)
+
+
+def test_views_are_strong_no_longer_than_to_the_hearing_where_all_poison_is_apart() -> None:
+    court = Court(apart=[25, 29, 33, 37])
+    assert strong_views(court)
+    court.hear(court.given)
+    assert court.hearing.findings[1]["attacked"] and not strong_views(court)
+    other = Court(apart=[25, 29, 33, 37])
+    other.hear(other.elsewhere((other.given == 2) & (other.place >= 6)))
+    assert [f["attacked"] for f in other.hearing.findings] == [False, True, True, False] and strong_views(other)
 
 
 def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:
@@ -212,3 +229,22 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     deposition = deposed(within(torch.rand(40), data.y), torch.rand(40), nobody)
     hearing = Hearing(Jury(), job, job.model(), deposition)
     assert hearing.trusted[0]
+
+
+def test_an_outsider_learns_from_so_many_samples_of_all_classes_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = toy_images(40), list[tuple[str, list[int]]]()
+    job = Job(data, model="resnet18-w4", fabric=FABRIC)
+    monkeypatch.setattr(job, "fit", lambda name, *_, rows, **__: seen.append((name, rows.tolist())))
+    Jury(lessons=12)._home(job, data.y)
+    assert [name for name, _ in seen] == [f"outsider {label}" for label in range(4)]
+    for label, (_, rows) in enumerate(seen):
+        assert len(set(rows)) == 12 and label not in data.y[rows].tolist()
+    seen.clear()
+    Jury(lessons=50)._home(job, data.y)
+    assert [len(rows) for _, rows in seen] == [30] * 4
+
+
+@pytest.mark.parametrize(("n", "batch", "epochs"), [(200, 16, 62), (50_000, 128, 12), (2_000_000, 128, 12)])
+def test_the_defaults_follow_the_size_of_the_set(n: int, batch: int, epochs: int) -> None:
+    main = Jury().main
+    assert (main.batch_for(n), main.epochs_for(n) * main.passes_for(n)) == (batch, epochs)

@@ -18,6 +18,7 @@ from toy_run import toy_run
 from antibackdoor.errors import InputError
 from antibackdoor.report import build_report
 from antibackdoor.report.figures import charts
+from antibackdoor.report.looks import where_in_words
 from antibackdoor.report.pictures import picture
 from antibackdoor.report.run import read_run
 from antibackdoor.report.words import duration, measure, percent, plain
@@ -74,6 +75,27 @@ def test_the_first_screen_proves_it(tmp_path: Path) -> None:
     assert "trusted samples: spread over the image" in page.text
     series = read(toy_run(tmp_path / "series", "series", n=600))
     assert "strongest around step 402 of 900 of channel 1; half of it lies on 0.1% of the series" in series.text
+
+
+@pytest.mark.parametrize(
+    ("aligned", "steps", "words"),
+    [
+        ("", slice(4, 7), "strongest around step 5 of 40; half of it lies on 3.8% of the series"),
+        ("start", slice(4, 7), "strongest around step 5; half of it lies on 3.8% of the series"),
+        ("end", slice(37, 40), "strongest in the last 3 steps; half of it lies on 3.8% of the series"),
+        ("end", slice(39, 40), "strongest at the last step; half of it lies on 1.2% of the series"),
+        ("end", slice(30, 33), "strongest around 8 steps before the end; half of it lies on 3.8% of the series"),
+    ],
+)
+def test_where_in_series_of_unequal_length(tmp_path: Path, aligned: str, steps: slice, words: str) -> None:
+    weight = np.zeros((2, 40), np.float32)
+    weight[:, steps] = 1
+    assert where_in_words(weight, weight, aligned) == words
+    maps = dict.fromkeys(("suspects", "trusted", "suspects_mean", "trusted_mean"), weight)
+    folder = toy_run(tmp_path, "series", n=60)
+    np.savez(folder / "attention.npz", label="b", witness="model", n=10, aligned=aligned, **maps)
+    text = read(folder).text
+    assert words in text and (f"lie over each other by their {aligned}s" in text) == bool(aligned)
 
 
 def test_the_truth_is_counted(tmp_path: Path) -> None:

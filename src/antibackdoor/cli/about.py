@@ -48,7 +48,9 @@ def _global(
 )
 def list_(
     ctx: typer.Context,
-    what: Annotated[What | None, typer.Argument(metavar="attacks|defenses|detectors|models|datasets")] = None,
+    what: Annotated[
+        What | None, typer.Argument(metavar="WHAT", help="attacks, defenses, detectors, models or datasets.")
+    ] = None,
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, with its options.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,7 +64,13 @@ def list_(
         print_listing(console(), found)
 
 
-@app.command(rich_help_panel=ABOUT)
+@app.command(
+    rich_help_panel=ABOUT,
+    epilog=examples(
+        "antibackdoor doctor                    for a reader",
+        "antibackdoor doctor --json             to go with a question or a bug",
+    ),
+)
 def doctor(ctx: typer.Context, data_root: DataRoot = None, as_json: AsJson = False) -> None:
     """Tell versions, devices, threads, data and extras of this machine; status 1 if something is wrong."""
     from antibackdoor.doctor import examine, print_examination

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from antibackdoor.cli.frame import MEASURE, app
+from antibackdoor.cli.frame import MEASURE, app, examples
 from antibackdoor.cli.options import Epochs, OpenPage, Quiet, Seed, Settings, chosen_settings, console, show_in_browser
 
 
@@ -20,7 +20,13 @@ class Kind(StrEnum):
     both = "both"
 
 
-@app.command(rich_help_panel=MEASURE)
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "antibackdoor demo                            images and time series",
+        "antibackdoor demo --kind series --out seen   one of them, into another folder",
+    ),
+)
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("antibackdoor-demo"),
     kind: Annotated[Kind, typer.Option(help="Images, time series, or both.")] = Kind.both,

@@ -45,7 +45,9 @@ def export(
         typer.echo(told)
 
 
-@app.command(rich_help_panel=DEFEND)
+@app.command(
+    rich_help_panel=DEFEND, epilog=examples("antibackdoor report run    after an update, or a change of metrics.json")
+)
 def report(folder: RunFolder) -> None:
     """Build report.html again from what lies in a run folder."""
     from antibackdoor.report import build_report

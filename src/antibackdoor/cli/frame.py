@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from antibackdoor.errors import InputError, visible
+from antibackdoor.errors import InputError, unknown, visible
 
 DEBUG = "ANTIBACKDOOR_DEBUG"
 JSON = "antibackdoor.json"
@@ -44,6 +45,11 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except InputError as error:
             fail(str(error), 2, as_json=ctx.meta.get(JSON, False))
+        except typer.TyperException as error:  # a word that the command does not take
+            sentence = told(error)
+            if "--json" not in ctx.meta["antibackdoor.words"] and not isinstance(sentence, InputError):
+                raise  # with the usage, in colors
+            fail(str(sentence), 2, as_json="--json" in ctx.meta["antibackdoor.words"])
         except KeyboardInterrupt as stop:
             words = ctx.meta["antibackdoor.words"]
             again = words + (["--resume"] if "--resume" not in words and words[:1] != ["bench"] else [])
@@ -58,6 +64,17 @@ class Group(TyperGroup):
             fail(visible(f"{where}{error.strerror or error}."), 2, as_json=ctx.meta.get(JSON, False))
         except MemoryError:
             fail("the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
+
+
+def told(error: typer.TyperException) -> InputError | str:
+    """What is wrong with the words of a command; for one that is in no closed list, with the nearest that is."""
+    message, names = error.format_message(), getattr(getattr(error, "param", None), "opts", ())
+    option = next((name for name in names if name.startswith("--")), "")
+    found = re.search(r"'(?P<given>[^']*)' is not one of (?P<known>'.*')", message)
+    if not found:
+        return message
+    what = f"value of {option}" if option else "word"
+    return unknown(what, found["given"], re.findall(r"'([^']+)'", found["known"]))
 
 
 def examples(*lines: str) -> str:

@@ -60,9 +60,12 @@ Settings = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Everything random follows from it.", rich_help_panel=METHOD)]
+Seed = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Everything random follows from it.", rich_help_panel=METHOD)
+]
 Epochs = Annotated[
-    int | None, typer.Option(min=1, help="Passes over the data in the main training.", rich_help_panel=METHOD)
+    int | None,
+    typer.Option(min=1, metavar="N", help="Passes over the data in the main training.", rich_help_panel=METHOD),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MACHINE)]
 DataRoot = Annotated[
@@ -75,7 +78,10 @@ Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must no
 UndecidedOption = Annotated[
     Undecided,
     typer.Option(
-        "--undecided", help="Reviews: what becomes of flagged samples that nobody decided about.", rich_help_panel=DATA
+        "--undecided",
+        metavar="WAY",
+        help="Reviews: drop, keep or suggest flagged samples that nobody decided about.",
+        rich_help_panel=DATA,
     ),
 ]
 OpenPage = Annotated[
@@ -129,9 +135,12 @@ Config = Annotated[
 class Reading:
     """How samples are read."""
 
-    missing: Annotated[Missing, typer.Option(help="What to do with gaps inside of series.", rich_help_panel=DATA)] = (
-        Missing.refuse
-    )
+    missing: Annotated[
+        Missing,
+        typer.Option(
+            metavar="WAY", help="With gaps inside of series: refuse, interpolate or zero.", rich_help_panel=DATA
+        ),
+    ] = Missing.refuse
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out image files that are damaged.", rich_help_panel=DATA)
     ] = False
@@ -147,7 +156,8 @@ class ReadingSets(Reading):
     """How sets to train on are read."""
 
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels that image files are resized to.", rich_help_panel=DATA)
+        int | None,
+        typer.Option(min=1, metavar="N", help="Side in pixels that image files are resized to.", rich_help_panel=DATA),
     ] = None
     memory_map: Annotated[
         bool | None,
@@ -177,10 +187,12 @@ class Running:
     device: Device = "auto"
     precision: Annotated[str, typer.Option(help="auto, 32-true or bf16-mixed.", rich_help_panel=MACHINE)] = "auto"
     devices: Annotated[
-        int, typer.Option(min=1, help="Devices of this machine to train on together.", rich_help_panel=MACHINE)
+        int,
+        typer.Option(min=1, metavar="N", help="Devices of this machine to train on together.", rich_help_panel=MACHINE),
     ] = 1
     nodes: Annotated[
-        int, typer.Option(min=1, help="Machines to train on together; by torchrun.", rich_help_panel=MACHINE)
+        int,
+        typer.Option(min=1, metavar="N", help="Machines to train on together; by torchrun.", rich_help_panel=MACHINE),
     ] = 1
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False
     truth: Annotated[

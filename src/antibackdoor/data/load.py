@@ -175,12 +175,15 @@ def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, p
     return Data(x, torch.zeros(len(x), dtype=torch.int64), fits, ids, lengths)
 
 
+RUN = ("config.json", "suspects.csv")
 WRITTEN = (("attack.json", "truth.csv"), ("keep.txt", "drop.csv"))
 """What lies beside the data in folders of our own."""
 
 
 def _inside(path: Path) -> Path:
     """The data in a folder that `antibackdoor poison`, or `antibackdoor review` with --export, wrote."""
+    if all((path / name).is_file() for name in RUN):
+        raise InputError(f"{path} holds a run, not data; give the data that it was made from.")
     if any(all((path / name).is_file() for name in names) for names in WRITTEN):
         found = next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
         return inside(found, path)

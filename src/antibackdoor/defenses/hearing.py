@@ -94,7 +94,7 @@ class Hearing(Objective):
         others = learns[torch.randint(len(learns), (len(rows),), generator=rng, device=learns.device)]
         batch = gather(self.job.data, torch.where(self.labels[rows] == OUT, others, rows), self.job.fabric.device)
         batch = replace(batch, y=self.labels[batch.rows])
-        if self.acquitted:
+        if self.settled:
             return augment(batch, rng)
         return replace(batch, x=strong(batch.x, self.job.data.spec, rng, batch.lengths))
 
@@ -157,9 +157,13 @@ class Hearing(Objective):
         return float(distance.clamp_min(0).sum())
 
     @property
-    def acquitted(self) -> bool:
-        """Whether there was a hearing and no class was found to be attacked."""
-        return any(finding["n"] for finding in self.findings) and not any(f["attacked"] for f in self.findings)
+    def settled(self) -> bool:
+        """Whether there was a hearing, and poison is nowhere or was set apart beyond doubt wherever it is.
+
+        Strong augmentation, which keeps leaked triggers from being learned and costs accuracy, is then needed no more.
+        """
+        heard = any(finding["n"] for finding in self.findings)
+        return heard and all(finding["apart"] for finding in self.findings if finding["attacked"])
 
     def _attacked(self) -> Tensor:
         return torch.tensor([bool(finding["attacked"]) for finding in self.findings])

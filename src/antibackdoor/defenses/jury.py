@@ -46,7 +46,8 @@ class Jury(Defense):
        how clearly each divides the class in two, ease with its sign turned where it runs against clear others (where
        classes are easy, the trigger may be learned last), and the sum, the suspicion, is shared once more.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
-       a few leaked triggers are not learned; it ends if no class turns out to be attacked.
+       a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
+       set apart beyond doubt.
     6. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
        attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval), these
        were learned early, in the easier half of the whole set (clean samples that look like another class come late),
@@ -67,6 +68,7 @@ class Jury(Defense):
     outsider: Annotated[Recipe, Field(description="of the shallow models that each lack some classes")] = Recipe(
         epochs=1, min_steps=75, batch_size=64, learning_rate=0.05, augment="none"
     )
+    lessons: Annotated[int, Field(ge=2, description="samples that an outsider learns from at most")] = 50_000
     mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
     neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
@@ -82,7 +84,7 @@ class Jury(Defense):
     division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
     bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
-    main: Annotated[Recipe, Field(description="of the model; its augmentation once all classes are acquitted")] = (
+    main: Annotated[Recipe, Field(description="of the model; its augmentation once poison is nowhere or set apart")] = (
         Recipe(min_steps=800)
     )
 
@@ -163,6 +165,9 @@ class Jury(Defense):
             name, rows = f"outsider {number}", inside.nonzero().flatten()
             tap = self._tapped(job, name)
             others = (~inside).nonzero().flatten()
+            if len(others) > self.lessons:
+                chosen = torch.randperm(len(others), generator=generator(job.seed, name))[: self.lessons]
+                others = others[chosen.sort().values]
             job.fit(name, tap, Witness(job), self.outsider, rows=others, parameters=tap.warm_up_parameters())
             logits = logits_of(tap, job.data, job.fabric, rows, call=second_logits).double()
             best = logits[:, known].softmax(1).max(1)

@@ -40,6 +40,7 @@ class Looks:
     witness: str
     label: str
     n: int
+    aligned: str
 
 
 def looks(attention: Attention | None) -> Looks | None:
@@ -50,12 +51,14 @@ def looks(attention: Attention | None) -> Looks | None:
         (attention.suspects, attention.suspects_mean, "suspects"),
         (attention.trusted, attention.trusted_mean, "trusted samples"),
     )
-    found = [Look(_drawn(where, mean), title, where_in_words(where, mean)) for where, mean, title in pairs]
-    return Looks(found[0], found[1], attention.witness, attention.label, attention.n)
+    found = [
+        Look(_drawn(where, mean), title, where_in_words(where, mean, attention.aligned)) for where, mean, title in pairs
+    ]
+    return Looks(found[0], found[1], attention.witness, attention.label, attention.n, attention.aligned)
 
 
-def where_in_words(relevance: Array, mean: Array) -> str:
-    """For example: strongest at the bottom right; half of it lies on 4% of the image."""
+def where_in_words(relevance: Array, mean: Array, aligned: str = "") -> str:
+    """For example: strongest at the bottom right; half of it lies on 4% of the image. aligned: see `Attention`."""
     weight = np.clip(relevance, 0, None)
     if not weight.any():
         return "covering any one place changes nothing"
@@ -69,8 +72,17 @@ def where_in_words(relevance: Array, mean: Array) -> str:
         return f"strongest {_corner(strongest, weight.shape)}; half of it lies on {percent(share)} of the image"
     peak = np.flatnonzero(weight[strongest[0]] >= weight.max() * 0.8)
     channel = f" of channel {strongest[0] + 1}" if len(weight) > 1 and not np.allclose(weight, weight[:1]) else ""
-    steps = f"around step {int(peak.mean()):,} of {weight.shape[1]:,}{channel}"
-    return f"strongest {steps}; half of it lies on {percent(share)} of the series"
+    steps = _steps(peak, weight.shape[1], aligned)
+    return f"strongest {steps}{channel}; half of it lies on {percent(share)} of the series"
+
+
+def _steps(peak: Array, length: int, aligned: str) -> str:
+    """Where the peak is in the time; series of unequal length have a start and an end in common, and no more."""
+    if aligned == "end":
+        if len(peak) == length - peak[0]:
+            return f"in the last {len(peak):,} steps" if len(peak) > 1 else "at the last step"
+        return f"around {length - 1 - int(peak.mean()):,} steps before the end"
+    return f"around step {int(peak.mean()):,}" + (f" of {length:,}" if aligned == "" else "")
 
 
 def _corner(place: tuple[np.intp, ...], shape: tuple[int, ...]) -> str:

@@ -65,6 +65,7 @@ class Attention:
     trusted: Array
     suspects_mean: Array
     trusted_mean: Array
+    aligned: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def _attention(path: Path) -> Attention | None:
         held = read_members(path)
         arrays = {name: held[name] for name in ("suspects", "trusted", "suspects_mean", "trusted_mean")}
         label, witness, n = str(held["label"]), str(held["witness"]), int(held["n"])
+        aligned = str(held.get("aligned", ""))
         if len({array.shape[:2] for array in arrays.values()}) > 1 or arrays["suspects"].ndim != 2:
             raise ValueError("the maps and the averages differ in shape")
         finite = {name: np.nan_to_num(array.astype(np.float64)) for name, array in arrays.items()}
@@ -212,7 +214,7 @@ def _attention(path: Path) -> Attention | None:
         raise
     except Exception as error:  # a damaged archive surfaces as any of a dozen types
         raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without the maps.") from None
-    return Attention(label, witness, n, **finite)
+    return Attention(label, witness, n, **finite, aligned=aligned)
 
 
 def _cut(x: Array, lengths: Array | None) -> list[Array]:

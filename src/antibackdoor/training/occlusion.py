@@ -31,18 +31,19 @@ def occlusion(
     call: Callable[[nn.Module, Batch], Tensor] = forward,
     size: int = 256,
 ) -> Tensor:
-    """How much the log-odds of the given label fall where a window is covered, averaged over the samples `rows`.
+    """How much the log-odds of the given label fall where a window of a sample is covered, for each of `rows`.
 
-    `(H, W)` for images and `(C, T)` for series, float32; above 0 where the answer rests on what lies there, in nats. A
-    covered window shows what the average sample of the set has there, which is likelier than grey to be no mark of its
-    own. Every place is the mean over the windows that cover it. call: as for `logits_of`.
+    `(n, H, W)` for images and `(n, C, T)` for series, float32; above 0 where the answer rests on what lies there, in
+    nats. A covered window shows what the average sample of the set has there, which is likelier than grey to be no mark
+    of its own. Every place is the mean over the windows that cover it. call: as for `logits_of`.
     """
     was_training = model.training
     model.eval()
     batch = gather(data, rows, fabric.device)
-    average = mean_sample(data, torch.linspace(0, len(data) - 1, min(len(data), 512)).long(), fabric)
+    others = gather(data, torch.linspace(0, len(data) - 1, min(len(data), 512)).long(), fabric.device)
+    usual = average(others.x, others.lengths)
     shape = batch.x.shape[1:]
-    total = torch.zeros(shape, device=fabric.device)
+    total = torch.zeros(batch.x.shape, device=fabric.device)
     count = torch.zeros(shape, device=fabric.device)
     with fabric.autocast():
         before = _log_odds(call(model, batch), batch.y)
@@ -53,16 +54,16 @@ def occlusion(
             covered = _repeat(batch, len(part))
             for place, window in enumerate(part):
                 own = slice(place * len(rows), (place + 1) * len(rows))
-                covered.x[(own, *window)] = average[window]
+                covered.x[(own, *window)] = usual[window]
             if covered.lengths is not None:  # the padding stays padding
                 covered.x.mul_(torch.arange(shape[-1], device=covered.x.device) < covered.lengths[:, None, None])
             fall = before - _log_odds(call(model, covered), covered.y).view(len(part), len(rows))
-            for window, value in zip(part, fall.mean(1), strict=True):
-                total[window] += value
+            for window, value in zip(part, fall, strict=True):
+                total[(slice(None), *window)] += value.view(-1, *[1] * len(shape))
                 count[window] += 1
     model.train(was_training)
     relevance = (total / count.clamp_min(1)).cpu()
-    return relevance[0] if data.spec.kind == "image" else relevance
+    return relevance[:, 0] if data.spec.kind == "image" else relevance
 
 
 def _windows(kind: str, shape: torch.Size) -> Iterator[Window]:
@@ -91,13 +92,12 @@ def _log_odds(logits: Tensor, y: Tensor) -> Tensor:
     return own - others.logsumexp(1)
 
 
-def mean_sample(data: Data, rows: Tensor, fabric: Fabric) -> Tensor:
-    """The mean of these samples, decoded, place by place; of series only over those that have not ended there."""
-    batch = gather(data, rows, fabric.device)
-    if batch.lengths is None:
-        return batch.x.mean(0)
-    going = (torch.arange(batch.x.shape[-1], device=batch.x.device) < batch.lengths[:, None, None]).float()
-    return (batch.x * going).sum(0) / going.sum(0).clamp_min(1)
+def average(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """The mean of samples or of their maps, place by place; of series only over those that have not ended there."""
+    if lengths is None:
+        return values.mean(0)
+    going = (torch.arange(values.shape[-1], device=values.device) < lengths[:, None, None]).float()
+    return (values * going).sum(0) / going.sum(0).clamp_min(1)
 
 
 def _repeat(batch: Batch, times: int) -> Batch:
