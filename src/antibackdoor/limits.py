@@ -34,8 +34,12 @@ MAX_NAME = 4096
 """Characters of an id or of the name of a class; no path is longer."""
 MAX_CLASSES = 100_000
 """Classes of a set; the last layer of every network has a row for each."""
-UNPACKED, RATIO = GIB, 200
-"""An archive that grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
+MAX_STEPS = 2**22
+"""Values in a line of a table of series; 95 seconds of sound on a compact disc."""
+UNPACKED, RATIO = 2**27, 200
+"""What grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
+ROW_BYTES, ROW_COST = 4, 256
+"""Bytes of a file that a row takes at least, so that a repeated one costs something; bytes of memory for its name."""
 
 
 def memory() -> int | None:
@@ -124,6 +128,25 @@ DOTTED = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{DEPTH}}}"""
 """Possessive, and from the start of a word only, so that it takes linear time."""
 
 
+def refuse_rows(where: object, rows: int, size: int) -> None:
+    """Refuse `rows` that a header declares where the `size` bytes of its file, or the memory, cannot hold as many.
+
+    For readers to ask before they make a list with an entry for each row.
+    """
+    if rows > size // ROW_BYTES:
+        raise InputError(f"{where} declares {rows:,} rows in {size:,} bytes; it is a bomb.")
+    refuse_beyond_memory(f"{where}, for its {rows:,} rows alone,", ROW_COST * rows)
+
+
+def refuse_growth(where: object, unpacked: int, size: int) -> None:
+    """Refuse `size` bytes that declare themselves to be worth far more than those of any honest data."""
+    if unpacked > max(UNPACKED, RATIO * size):
+        raise InputError(
+            f"{where} would take {unpacked / 2**20:,.0f} MiB, {unpacked // max(size, 1):,} times its size; it is a "
+            "bomb, or holds nothing."
+        )
+
+
 def refuse_bomb(path: Path) -> None:
     """Refuse a zip archive whose members, as they declare themselves, unpack to far more than any honest array.
 
@@ -131,11 +154,7 @@ def refuse_bomb(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > max(UNPACKED, RATIO * path.stat().st_size):
-        raise InputError(
-            f"{path} unpacks to {unpacked / GIB:,.1f} GiB, {unpacked // path.stat().st_size} times its size: it is a "
-            "bomb, or holds nothing."
-        )
+    refuse_growth(path, unpacked, path.stat().st_size)
 
 
 def containment(folder: Path) -> Callable[[Path], bool]:

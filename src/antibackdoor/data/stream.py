@@ -175,6 +175,8 @@ def _common_size(records: Iterator[tuple[str, bytes]]) -> tuple[int, int]:
                 warnings.simplefilter("ignore")
                 with Image.open(BytesIO(encoded), formats=FORMATS) as image:
                     counts[image.size] += 1
+        except MemoryError:
+            raise
         except Exception:  # reported when it is decoded
             continue
     width, height = max(counts, key=lambda found: (counts[found], found), default=(MAX_SIDE, MAX_SIDE))
@@ -190,6 +192,8 @@ def _decode(
     def decode(record: tuple[str, bytes]) -> Block | str:
         try:
             return decode_image(record[1], size)
+        except MemoryError:
+            raise
         except Exception as error:  # decoders raise whatever they like on damaged data
             return str(error).split("<_io")[0].strip() or type(error).__name__
 

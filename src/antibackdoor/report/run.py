@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from antibackdoor.data.npy import read_members
 from antibackdoor.errors import InputError
 from antibackdoor.files import from_csv_cell, read_object
-from antibackdoor.limits import MAX_TABLE, read_bytes, read_table, refuse_bomb
+from antibackdoor.limits import MAX_TABLE, read_bytes, read_table
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -166,13 +167,11 @@ def _gallery(path: Path) -> Gallery | None:
     if not path.is_file():
         return None
     try:
-        refuse_bomb(path)
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Array] = {name: file[name] for name in file.files}
+        arrays: dict[str, Array] = read_members(path)
         ids, x = arrays["ids"][:SHOWN], _cut(arrays["x"][:SHOWN], arrays.get("lengths"))
         if len(ids) != len(x) or arrays["x"].dtype != (np.uint8 if arrays["x"].ndim == 4 else np.float32):
             raise ValueError("the samples are neither uint8 images nor float32 series, one an id")
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # a damaged archive surfaces as any of a dozen types
         raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without pictures.") from None
@@ -190,15 +189,14 @@ def _attention(path: Path) -> Attention | None:
     if not path.is_file():
         return None
     try:
-        refuse_bomb(path)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("suspects", "trusted", "suspects_mean", "trusted_mean")}
-            label, witness, n = str(file["label"]), str(file["witness"]), int(file["n"])
-            aligned = str(file["aligned"]) if "aligned" in file.files else ""
+        held = read_members(path)
+        arrays = {name: held[name] for name in ("suspects", "trusted", "suspects_mean", "trusted_mean")}
+        label, witness, n = str(held["label"]), str(held["witness"]), int(held["n"])
+        aligned = str(held.get("aligned", ""))
         if len({array.shape[:2] for array in arrays.values()}) > 1 or arrays["suspects"].ndim != 2:
             raise ValueError("the maps and the averages differ in shape")
         finite = {name: np.nan_to_num(array.astype(np.float64)) for name, array in arrays.items()}
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # a damaged archive surfaces as any of a dozen types
         raise InputError(f"cannot read {path}: {error!r}; delete it to build the report without the maps.") from None
