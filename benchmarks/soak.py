@@ -3,10 +3,12 @@
     python benchmarks/soak.py experiments/attacks-series.toml --profile first --ledger results --minutes 90 \\
         --out results/trust/soak.json
 
-Every minute or two a worker or, one time in four, the bench itself is killed with SIGKILL; the bench is started again
-after its own death. After `--minutes` the kills end and the grid goes on to its end (or to `--limit`). Then: does every
-cell stand once, with no error, no process, no temporary file left behind, and did no process grow? Memory is compared
-over the lives of the processes: resident MiB at the first and at the last look at each that lived 10 minutes or longer.
+Every one to eight minutes a worker or, one time in eight, the bench itself is killed with SIGKILL; the bench is started
+again after its own death. After `--minutes` the kills end and the grid goes on to its end (or to `--limit`). Then: does
+every cell stand once, with no error, no process, no temporary file left behind (here, or in $TMPDIR, a folder of its
+own), and did no process grow? Memory is compared over the lives of the processes: resident MiB once it had settled
+and at the last look, of each that lived 10 minutes or longer, of which there must be some; cells differ in size, so a
+worker may have grown by a quarter. The status is 1 where anything is wrong, and where the grid ended too early.
 A worker killed before its first epoch may lose the same cell several times; the bench gives it out again.
 Linux only: it reads `/proc`.
 """
@@ -18,9 +20,11 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +37,8 @@ from antibackdoor.files import write_json
 from antibackdoor.training.job import make_fabric
 
 WORKER, LOOK_SECONDS, SETTLED_SECONDS = "antibackdoor.bench.worker", 20, 60
+GROWTH = {"bench": 1.1, "worker": 1.25}
+"""Last over settled memory that is no leak, over ten minutes or longer."""
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -84,10 +90,11 @@ class Lives:
 def soak(command: list[str], mark: str, rng: random.Random, minutes: float, limit: float) -> dict[str, Any]:
     """Run `command` to its end, again after every death; returns what was counted."""
     kills, lives, wrong = Counter[str](), Lives(), list[str]()
-    env = {**os.environ, "ANTIBACKDOOR_SOAK": mark}
+    scratch = tempfile.mkdtemp(prefix=mark)
+    env = {**os.environ, "ANTIBACKDOOR_SOAK": mark, "TMPDIR": scratch}
     begun = time.monotonic()
     bench = subprocess.Popen(command, env=env)
-    after = begun + rng.uniform(30, 120)
+    after = begun + rng.uniform(60, 480)
     while bench.poll() is None:
         time.sleep(LOOK_SECONDS)
         now, running = time.monotonic(), processes(mark)
@@ -96,9 +103,9 @@ def soak(command: list[str], mark: str, rng: random.Random, minutes: float, limi
             bench.send_signal(signal.SIGTERM)
             bench.wait()
         elif now > after and now < begun + 60 * minutes:
-            after = now + rng.uniform(60, 180)
+            after = now + rng.uniform(60, 480)
             workers = [pid for pid, role in running.items() if role == "worker"]
-            if rng.random() < 0.25 or not workers:
+            if rng.random() < 0.125 or not workers:
                 bench.kill()
                 bench.wait()
                 kills["bench"] += 1
@@ -111,8 +118,15 @@ def soak(command: list[str], mark: str, rng: random.Random, minutes: float, limi
             print(f"{(now - begun) / 60:.0f} min, kills: {dict(kills)}", flush=True)
     time.sleep(15)
     wrong += [f"still running: {pid}, a {role}" for pid, role in processes(mark).items()]
+    wrong += [f"left over in $TMPDIR: {path.name}" for path in Path(scratch).iterdir()]
+    shutil.rmtree(scratch)
     spent = round((time.monotonic() - begun) / 60, 1)
-    memory = {"bench": lives.growth("bench", 10), "worker": lives.growth("worker", 10)}
+    memory = {role: lives.growth(role, 10) for role in GROWTH}
+    for role, rows in memory.items():
+        wrong += [f"no {role} lived long enough to see whether it grows"] * (not rows)
+        wrong += [f"a {role} grew: {row}" for row in rows if row["last_mib"] > GROWTH[role] * row["first_mib"]]
+    wrong += [f"the bench ended with status {bench.returncode}"] * bool(bench.returncode)
+    wrong += [f"the grid ended after {spent} minutes; give a longer one"] * (spent < minutes)
     return {"minutes": spent, "status": bench.returncode, "kills": dict(kills), "memory": memory, "problems": wrong}
 
 

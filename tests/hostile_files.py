@@ -32,9 +32,19 @@ def refused(call: Callable[[], object], sentence: str) -> str:
     with bounded(), pytest.raises(InputError) as caught:
         call()
     told = str(caught.value)
+    assert not short_of_memory(caught.value), "a limit refuses; that there is no memory is no sentence about a file"
     assert re.search(sentence, told), told
     assert told.isprintable() and len(told) <= LONGEST + 5
     return told
+
+
+def short_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one behind it, says that there is no memory left."""
+    while error is not None:
+        if isinstance(error, MemoryError) or re.search(r"out of memory|unable to allocate", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -11,12 +11,15 @@ import re
 import stat
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from antibackdoor.errors import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 GIB = 2**30
 MAX_SAMPLE = 64 * 2**20
@@ -25,12 +28,18 @@ MAX_DOCUMENT = 64 * 2**20
 """Bytes of a JSON or TOML file."""
 MAX_TEXT = 4 * GIB
 """Bytes of a file of series or a manifest, which are text."""
+MAX_TABLE = GIB
+"""Bytes of a table, a history or a list of decisions in a run folder."""
 MAX_NAME = 4096
 """Characters of an id or of the name of a class; no path is longer."""
 MAX_CLASSES = 100_000
 """Classes of a set; the last layer of every network has a row for each."""
-UNPACKED, RATIO = GIB, 200
-"""An archive that grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
+MAX_STEPS = 2**22
+"""Values in a line of a table of series; 95 seconds of sound on a compact disc."""
+UNPACKED, RATIO = 2**27, 200
+"""What grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
+ROW_BYTES, ROW_COST = 4, 256
+"""Bytes of a file that a row takes at least, so that a repeated one costs something; bytes of memory for its name."""
 
 
 def memory() -> int | None:
@@ -80,6 +89,22 @@ def read_text(path: Path, limit: int = MAX_DOCUMENT) -> str:
     return read_bytes(path, limit).decode("utf-8")
 
 
+def read_table(path: Path, kinds: Mapping[str, Any], **more: Any) -> DataFrame:
+    """A CSV table of a run folder or of a truth, a plain file of at most MAX_TABLE bytes; no word means "missing".
+
+    kinds: the type of each column that is not left to pandas; more: for `pandas.read_csv`.
+    Raises InputError where it cannot be read.
+    """
+    import pandas as pd
+
+    refuse_special(path, MAX_TABLE)
+    try:
+        table: DataFrame = pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    return table
+
+
 def read_toml(path: Path, wrong: str) -> dict[str, Any]:
     """The content of a TOML file; InputError that begins with `wrong` where it is none. A missing file raises OSError.
 
@@ -103,6 +128,25 @@ DOTTED = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{DEPTH}}}"""
 """Possessive, and from the start of a word only, so that it takes linear time."""
 
 
+def refuse_rows(where: object, rows: int, size: int) -> None:
+    """Refuse `rows` that a header declares where the `size` bytes of its file, or the memory, cannot hold as many.
+
+    For readers to ask before they make a list with an entry for each row.
+    """
+    if rows > size // ROW_BYTES:
+        raise InputError(f"{where} declares {rows:,} rows in {size:,} bytes; it is a bomb.")
+    refuse_beyond_memory(f"{where}, for its {rows:,} rows alone,", ROW_COST * rows)
+
+
+def refuse_growth(where: object, unpacked: int, size: int) -> None:
+    """Refuse `size` bytes that declare themselves to be worth far more than those of any honest data."""
+    if unpacked > max(UNPACKED, RATIO * size):
+        raise InputError(
+            f"{where} would take {unpacked / 2**20:,.0f} MiB, {unpacked // max(size, 1):,} times its size; it is a "
+            "bomb, or holds nothing."
+        )
+
+
 def refuse_bomb(path: Path) -> None:
     """Refuse a zip archive whose members, as they declare themselves, unpack to far more than any honest array.
 
@@ -110,11 +154,7 @@ def refuse_bomb(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > max(UNPACKED, RATIO * path.stat().st_size):
-        raise InputError(
-            f"{path} unpacks to {unpacked / GIB:,.1f} GiB, {unpacked // path.stat().st_size} times its size: it is a "
-            "bomb, or holds nothing."
-        )
+    refuse_growth(path, unpacked, path.stat().st_size)
 
 
 def containment(folder: Path) -> Callable[[Path], bool]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import read_json, write_json
+from antibackdoor.files import read_object, write_json
 from antibackdoor.training.loop import Progress
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -32,7 +32,7 @@ class Tracking:
             raise InputError("tracking needs a run folder; give `out`.")
         self.folder = folder or Path()
         path = self.folder / "tracking.json"
-        self.ids: dict[str, str] = read_json(path) if names and path.is_file() else {}
+        self.ids: dict[str, str] = read_object(path) if names and path.is_file() else {}
         self.loggers = {name: self._make(name) for name in dict.fromkeys(names)}
 
     def begin(self, settings: dict[str, Any]) -> None:
@@ -67,8 +67,10 @@ class Tracking:
         bare = {key: value.get("value") if isinstance(value, dict) else value for key, value in metrics.items()}
         numbers = {key: float(value) for key, value in bare.items() if _is_number(value)}
         self._log(numbers, None)
-        for logger in self.loggers.values():
+        for name, logger in self.loggers.items():
             logger.finalize("success")
+            if name == "wandb":  # its logger leaves the run open, and the next one would be told to it
+                logger.experiment.finish()
 
     def _log(self, numbers: dict[str, float], step: int | None) -> None:
         for logger in self.loggers.values():

@@ -43,6 +43,13 @@ def shapes_differ(root: Path) -> Path:
     return path
 
 
+def a_run(root: Path) -> Path:
+    root.mkdir()
+    for name in ("config.json", "suspects.csv"):
+        (root / name).touch()
+    return root
+
+
 DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda root: root, "unknown data set"),
     "empty folder": (empty, "no class folders"),
@@ -53,6 +60,7 @@ DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
     "gaps": (lambda root: write_series(root.with_suffix(".ts"), value="NaN"), "--missing"),
     "length 1": (lambda root: write_series(root.with_suffix(".ts"), lengths=1), "length 1"),
     "shapes differ": (shapes_differ, "shape"),
+    "a run": (a_run, "holds a run, not data"),
 }
 
 

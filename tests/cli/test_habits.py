@@ -114,6 +114,22 @@ def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
     assert "defense: none with resnet18-w8; main training 8 steps of 16 samples" in " ".join(result.stderr.split())
 
 
+def test_json_of_every_command_that_makes_something(run: Run, images: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "run", tmp_path / "rows.csv"
+    run("train", images, "--out", out, *TINY, *UNDEFENDED, "--quiet")
+    poisoned = ("poison", images, "--attack", "badnets", "--rate", "0.2", "--out", tmp_path / "poisoned")
+    assert json.loads(run(*poisoned, "--json").stdout)["counts"]["poisoned"] == 12
+    told = json.loads(run("predict", out, images, "--out", rows, "--json").stdout)
+    assert told["predictions"] == 15 == len(rows.read_text().splitlines()) - 1 and 0 <= told["as_labeled"] <= 1
+    assert json.loads(run("export", out, tmp_path / "s.csv", "--json").stdout)["out"] == str(tmp_path / "s.csv")
+    grid = tmp_path / "grid.toml"
+    grid.write_text('[[cells]]\ndata = ["digits"]\ntrain_size = 60\nmodels = ["resnet18-w4"]\nepochs = 1\n')
+    words = ("bench", grid, "--out", tmp_path / "results", "--workers", "0", "--quiet", "--json")
+    plan = json.loads(run(*words, "--plan").stdout)
+    assert plan["done"] == [] and len(plan["missing"]) == 1
+    assert json.loads(run(*words).stdout) == {"cells": [*plan["missing"]], "broken": [], "out": words[3].__str__()}
+
+
 def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:
     for words in (("train", tmp_path / "gone", "--out", tmp_path / "run"), ("list", "attacks", "badnest")):
         result = run(*words, "--json", status=2)
@@ -173,9 +189,10 @@ def test_a_large_file_is_mapped_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert not fills_memory(path) and fills_memory(path, share=1e-12)
     assert not fills_memory(tmp_path / "none.npz")
     load(path)
-    assert not (tmp_path / ".set.npz.cache").exists()
+    assert not mapped.copies_of(path, ()).parent.exists()
     monkeypatch.setattr("antibackdoor.data.load.fills_memory", lambda path: mapped.fills_memory(path, 1e-12))
     data = load(path)
-    assert (tmp_path / ".set.npz.cache").exists() and data.train.fingerprint() == load(
-        path, memory_map=False
-    ).train.fingerprint()
+    assert (
+        mapped.copies_of(path, ()).parent.exists()
+        and data.train.fingerprint() == load(path, memory_map=False).train.fingerprint()
+    )

@@ -41,7 +41,7 @@ def folder(honest: Path, tmp_path: Path) -> Path:
 
 
 CARDS: dict[str, tuple[dict[str, Any] | str, str]] = {
-    "no JSON": ("{", "cannot read"),
+    "no JSON": ("{", "Expecting property name"),
     "not an object": ("[]", "not a model card"),
     "nested without end": ("[" * 200_000, "nested too deeply"),
     "another key": ({"__class__": "os.system"}, "not a model card: __class__"),
@@ -167,8 +167,14 @@ RUNS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "verdict that is no JSON": (lambda root: run(root, verdict__json="{"), "cannot read .*verdict.json"),
     "verdict that is a list": (lambda root: run(root, verdict__json="[]"), "should hold a JSON object"),
     "verdict nested without end": (lambda root: run(root, verdict__json="[" * 200_000), "nested too deeply"),
-    "verdict with a number of 10,000 digits": (lambda root: run(root, verdict__json="9" * 10_000), "cannot read"),
-    "verdict that is no text": (lambda root: run(root, verdict__json=b"\xff\xfe"), "cannot read"),
+    "verdict with a number of 10,000 digits": (
+        lambda root: run(root, verdict__json="9" * 10_000),
+        "verdict.json: Exceeds the limit",
+    ),
+    "verdict that is no text": (
+        lambda root: run(root, verdict__json=b"\xff\xfe"),
+        "verdict.json: .*can't decode byte 0xff",
+    ),
     "metrics that are no object": (lambda root: run(root, metrics__json="3"), "should hold a JSON object"),
     "history that is no JSON": (lambda root: run(root, history__jsonl="{\n{}\n"), "history.jsonl, line 1"),
     "history nested without end": (
@@ -191,7 +197,10 @@ RUNS: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda root: run(root, suspects__csv=SUSPECTS + '"a'),
         "cannot read .*suspects.csv",
     ),
-    "pickled gallery": (gallery(**{"ids.npy": array(np.array([{}], dtype=object))}), "cannot read .*gallery.npz"),
+    "pickled gallery": (
+        gallery(**{"ids.npy": array(np.array([{}], dtype=object))}),
+        "gallery.npz.*it holds pickled Python objects",
+    ),
     "gallery that declares a petabyte": (
         gallery(
             **{
@@ -199,7 +208,7 @@ RUNS: dict[str, tuple[Callable[[Path], Path], str]] = {
                 "x.npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1125899906842624,), }"),
             }
         ),
-        "cannot read .*gallery.npz",
+        "gallery.npz.*it declares more values than its",
     ),
     "gallery that is no archive": (lambda root: run(root, gallery__npz="hello"), "cannot read .*gallery.npz"),
     "gallery of other samples": (
@@ -208,7 +217,7 @@ RUNS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "pickled attention": (
         lambda root: zipped(run(root) / "attention.npz", {"suspects.npy": array(np.array([{}], dtype=object))}).parent,
-        "cannot read .*attention.npz",
+        "attention.npz.*it holds pickled Python objects",
     ),
 }
 
@@ -269,7 +278,7 @@ GRIDS: dict[str, tuple[str | bytes, str]] = {
     "cells that are numbers": ("cells = [1, 2]", "must be a table"),
     "lists that are numbers": ("[[cells]]\ndata = 3", "must be a list"),
     "entries without a name": ("[[cells]]\ndata = [{label = 'a'}]", "needs a `name`"),
-    "entries of lists": ("[[cells]]\ndata = [[['a']]]", "."),
+    "entries of lists": ("[[cells]]\ndata = [[['a']]]", "data: an entry needs a `name`"),
     "options that are text": ("[[cells]]\ndata = ['digits']\nattacks = [{name = 'badnets', options = 'x'}]", "options"),
     "shared options that are text": (
         "[[cells]]\ndata = ['digits']\nattacks = ['badnets']\nattack_options = 'x'",
@@ -277,7 +286,10 @@ GRIDS: dict[str, tuple[str | bytes, str]] = {
     ),
     "seeds that are dates": ("[[cells]]\ndata = ['digits']\nseeds = [2020-01-01]", "seed"),
     "epochs without end": ("[[cells]]\ndata = ['digits']\nepochs = inf", "epochs"),
-    "override of nothing": ("[[cells]]\ndata = ['digits']\n[[override]]\nset = 3", "."),
+    "override of nothing": (
+        "[[cells]]\ndata = ['digits']\n[[override]]\nset = 3",
+        "override, where must be a table of keys and values",
+    ),
     "override with text for options": (
         "[[cells]]\ndata = ['digits']\n[[override]]\nwhere = {data = 'digits'}\nset = {epochs = {a = 1}}",
         "epochs",

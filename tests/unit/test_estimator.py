@@ -64,6 +64,17 @@ def test_series_as_aeon_has_them() -> None:
     assert model.verdict_.poisoned is False and isinstance(model.model_, torch.nn.Module)
 
 
+def test_a_set_of_aeon_behind_one_of_its_transformers() -> None:
+    pytest.importorskip("aeon")
+    from aeon.datasets import load_basic_motions
+    from aeon.transformations.collection import Normalizer
+
+    model = make_pipeline(Normalizer(), RobustClassifier(**TINY, options={"recipe.min_steps": 60}))
+    model.fit(*load_basic_motions(split="train"))
+    x, y = load_basic_motions(split="test")
+    assert x.shape[1:] == (6, 100) and set(model.classes_) == set(y) and model.score(x, y) > 0.8
+
+
 @pytest.mark.parametrize("form", ["uint8", "float", "channels last"])
 def test_images(form: str) -> None:
     data = toy_images(40)

@@ -137,6 +137,25 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert runs.get_run(name).data.metrics["clean_accuracy"] == 0.5
 
 
+def test_wandb_goes_on_in_the_same_run_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytorch_lightning", reason="the extra `wandb` is not installed")
+    wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for epoch in (1, 2):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        tracking = Tracking(["wandb"], tmp_path / "run")
+        tracking.begin({"seed": 0})
+        tracking.watch(None).epoch({"stage": "main", "epoch": epoch, "steps": 10 * epoch, "main_loss": 1 / epoch})
+        tracking.end({"clean_accuracy": {"value": 0.5, "count": 1, "n": 2}, "cost": {"seconds": 1}})
+        ids.append(json.loads((tmp_path / "run" / "tracking.json").read_text())["wandb"])
+        assert wandb.run is None, "the next run of this program would be told to the same tracker"
+    kept = [path.read_bytes() for path in (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{ids[0]}.wandb")]
+    assert ids[0] == ids[1] and kept and all(b"main/main_loss" in told for told in kept)
+    assert b"clean_accuracy" in kept[-1]
+
+
 def test_unknown_trackers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'mlflow'"):
         Tracking(["mlfow"], tmp_path)

@@ -9,6 +9,7 @@ import torch
 from antibackdoor.data.arrays import load_npz, write_npz
 from antibackdoor.data.core import check_trainable
 from antibackdoor.data.load import load
+from antibackdoor.data.mapped import copies_of
 from antibackdoor.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -64,7 +65,7 @@ def test_memory_map_equals_memory(path, members, pack):
     for _ in range(2):  # made, then found
         mapped = load(path, memory_map=True).train
         assert not isinstance(mapped.x, torch.Tensor) and mapped.fingerprint() == want
-    assert len(list((path.parent / ".set.npz.cache").iterdir())) == 1
+    assert len(list(copies_of(path, ()).parent.iterdir())) == 1
 
 
 def test_memory_map_follows_the_file(path):
@@ -72,7 +73,7 @@ def test_memory_map_follows_the_file(path):
     save(path, x=255 - IMAGES, y=Y)
     os.utime(path, ns=(1, 1))
     assert load(path, memory_map=True).train.fingerprint() == load(path).train.fingerprint()
-    assert len(list((path.parent / ".set.npz.cache").iterdir())) == 1
+    assert len(list(copies_of(path, ()).parent.iterdir())) == 1
 
 
 def test_memory_map_keeps_gap_policies_apart(path):
@@ -119,7 +120,7 @@ INF[2, 0, 0], NAN[2, 0, 3] = np.inf, np.nan
         ({"x": IMAGES[..., 0], "y": Y}, "must be of shape"),
         ({"x": IMAGES / np.float32(255), "y": Y}, "must be images, uint8"),
         ({"x": IMAGES.astype(np.int64), "y": Y}, "must be images, uint8"),
-        ({"x": IMAGES[:5], "y": Y}, "5 samples for 6 labels"),
+        ({"x": IMAGES[:5], "y": Y}, "x holds 5 samples, but y has 6"),
         ({"x": IMAGES, "y": Y.astype(np.float32)}, "one integer for each sample"),
         ({"x": IMAGES, "y": Y[:, None]}, "one integer for each sample"),
         ({"x": IMAGES, "y": Y, "classes": ["a", "b"]}, "label 2, outside 0..1"),
@@ -131,7 +132,7 @@ INF[2, 0, 0], NAN[2, 0, 3] = np.inf, np.nan
         ({"x": NAN, "y": Y}, "sample '2' holds missing values"),
         ({"x": SERIES * np.nan, "y": Y}, r"sample '0' \(and 5 more\).*no values at all"),
         ({"x": SERIES, "y": Y, "lengths": np.full(6, 8)}, "length outside 1..7"),
-        ({"x": SERIES, "y": Y, "lengths": np.full(5, 3)}, "lengths must be one integer"),
+        ({"x": SERIES, "y": Y, "lengths": np.full(5, 3)}, "but lengths has 5"),
         ({"x": SERIES, "y": Y, "value_range": [0.0, 1.0]}, "value_range"),
         ({"x_train": IMAGES, "y_train": Y, "x_test": IMAGES[:, :2], "y_test": Y}, "in one shape"),
         ({"x_train": SERIES, "y_train": Y, "x_test": SERIES[:, :, :3], "y_test": Y}, "in one shape"),

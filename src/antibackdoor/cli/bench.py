@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from antibackdoor.cli.frame import MEASURE, app, examples
-from antibackdoor.cli.options import Device, Quiet, console
+from antibackdoor.cli.options import AsJson, Device, Quiet, console, print_json
 from antibackdoor.errors import InputError
 
 
@@ -38,6 +38,7 @@ class TableFormat(StrEnum):
     ),
 )
 def bench(
+    ctx: typer.Context,
     grid: Annotated[Path | None, typer.Argument(metavar="GRID.toml", help="Which cells to run.")] = None,
     out: Annotated[
         Path,
@@ -64,6 +65,7 @@ def bench(
         Path | None, typer.Option(metavar="DIR", help="Where checkpoints of unfinished cells are kept (OUT/.stages).")
     ] = None,
     device: Device = "auto",
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a grid of attacks x defenses x models x data sets x rates x seeds; resumable; several may share a ledger."""
@@ -80,13 +82,16 @@ def bench(
         raise InputError("give a grid to run, or --table to see what the ledger holds.")
     read = None if grid is None else read_grid(grid, profile)
     cells, ledger, broken = [] if read is None else read.cells(only), Ledger(out), []
+    done = [name for cell in cells if (name := cell.name()) in ledger]
     if plan and read is not None:
-        names = [name for cell in cells if (name := cell.name()) in ledger]
-        typer.echo(
-            plan_text(
-                cells, read.excluded(), names, Estimates(out, device), max(1, cores() if workers is None else workers)
+        estimates = Estimates(out, device)
+        if as_json:
+            missing = {name: estimates.seconds(cell) for cell in cells if (name := cell.name()) not in done}
+            print_json(ctx, {"done": done, "missing": missing, "excluded": read.excluded()})
+        else:
+            typer.echo(
+                plan_text(cells, read.excluded(), done, estimates, max(1, cores() if workers is None else workers))
             )
-        )
         return
     if not table:
         chosen = make_engine(engine.value, workers=workers, address=address, cpus=cpus, gpus=gpus)
@@ -94,7 +99,9 @@ def bench(
             broken = run_cells(
                 cells, ledger, chosen, stages=(stages or out / ".stages").resolve(), device=device, watcher=watcher
             )
-    if not quiet or table:
+    if as_json:
+        print_json(ctx, {"cells": [cell.name() for cell in cells], "broken": broken, "out": str(out)})
+    elif not quiet or table:
         typer.echo(tables_text(read, out, form.value))
     if broken:
         raise InputError(f"{len(broken)} of {len(cells)} cells broke; their *.error.json in {out} tell why.")

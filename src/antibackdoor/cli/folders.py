@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from antibackdoor.cli.frame import DEFEND, app, examples
-from antibackdoor.cli.options import Quiet, RunFolder
+from antibackdoor.cli.options import AsJson, Quiet, RunFolder, print_json
 
 
 class SuspectTable(StrEnum):
@@ -28,6 +28,7 @@ class SuspectTable(StrEnum):
     ),
 )
 def export(
+    ctx: typer.Context,
     folder: RunFolder,
     out: Annotated[
         Path, typer.Argument(metavar="FILE", help="By its ending: a table .csv or .parquet, or the model .onnx.")
@@ -35,13 +36,16 @@ def export(
     table: Annotated[
         SuspectTable, typer.Option(help="suspects: as in suspects.csv. issues: columns as in cleanlab's tables.")
     ] = SuspectTable.suspects,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write suspects as a table, or the model as ONNX, for other programs."""
     from antibackdoor.exports import export_run
 
     told = export_run(folder, out, table.value)
-    if not quiet:
+    if as_json:
+        print_json(ctx, {"written": told, "out": str(out)})
+    elif not quiet:
         typer.echo(told)
 
 

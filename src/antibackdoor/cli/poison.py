@@ -11,6 +11,7 @@ import typer
 
 from antibackdoor.cli.frame import MEASURE, app, examples
 from antibackdoor.cli.options import (
+    AsJson,
     Config,
     Device,
     Out,
@@ -22,6 +23,7 @@ from antibackdoor.cli.options import (
     chosen_settings,
     console,
     flat,
+    print_json,
 )
 
 
@@ -57,6 +59,7 @@ def poison(
     ] = None,
     device: Device = "auto",
     config: Config = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Poison a training set on purpose, for experiments."""
@@ -74,7 +77,9 @@ def poison(
         poisoned = make(splits, attack, chosen, seed=seed, fabric=make_fabric(device), kept=stages, progress=progress)
     came_as_manifest = form is Format.folder and Path(data).suffix.lower() == ".csv"
     write_poisoned(poisoned, out, form="manifest" if came_as_manifest else form.value)
-    if not quiet:
+    if as_json:
+        print_json(ctx, {**poisoned.attack, "out": str(out)})
+    elif not quiet:
         counts, stealth = poisoned.attack["counts"], poisoned.attack["stealth"]
         names = {"psnr": "PSNR", "ssim": "SSIM", "relative_l2": "relative L2", "max_deviation": "largest deviation"}
         shown = [f"{names[key]} {stealth[key]['value']:.3g}" for key in names if stealth.get(key, {}).get("n")]

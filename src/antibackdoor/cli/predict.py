@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from antibackdoor.cli.frame import DEFEND, app, examples
-from antibackdoor.cli.options import Device, Quiet, Reading, flat
+from antibackdoor.cli.options import AsJson, Device, Quiet, Reading, flat, print_json
 from antibackdoor.errors import InputError
 
 
@@ -21,6 +21,7 @@ from antibackdoor.errors import InputError
 )
 @flat
 def predict(
+    ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` wrote.")],
     data: Annotated[
         str,
@@ -37,6 +38,7 @@ def predict(
     ],
     reading: Reading,
     device: Device = "auto",
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict classes with a trained model; of data with a test set, that of the test set."""
@@ -48,6 +50,9 @@ def predict(
         raise InputError(f"{out} is a folder; give --out the name of a file to write.")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(out, table)
-    if not quiet:
-        right = f", {(table['predicted'] == table['label']).mean():.1%} as labeled" if "label" in table else ""
-        typer.echo(f"{len(table):,} predictions in {out}{right}")
+    right = float((table["predicted"] == table["label"]).mean()) if "label" in table and len(table) else None
+    if as_json:
+        print_json(ctx, {"predictions": len(table), "as_labeled": right, "out": str(out)})
+    elif not quiet:
+        told = "" if right is None else f", {right:.1%} as labeled"
+        typer.echo(f"{len(table):,} predictions in {out}{told}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,23 @@ import torch
 
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.mapped import map_made, map_member
+from antibackdoor.data.npy import Array, Header, open_member, read_member
 from antibackdoor.data.rows import MemoryMap
 from antibackdoor.data.series import Missing, bounds, clean
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
-from antibackdoor.limits import refuse_bomb, refuse_special
+from antibackdoor.limits import MAX_CLASSES, refuse_beyond_memory, refuse_bomb, refuse_rows, refuse_special
 
-Array: TypeAlias = npt.NDArray[Any]
 CHUNK = 4096
-NPY: Any = np.lib.format
-"""Has no types."""
-MAX_CLASSES = 10_000
+MAX_NUMBERED = 10_000
+"""Classes of a set that does not name them."""
+LISTS = {
+    "y": ("iu", "one integer for each sample (number the classes 0..K-1)"),
+    "ids": ("Uiu", "one name, text or a whole number, for each sample"),
+    "lengths": ("iu", "one integer for each sample"),
+    "classes": ("Uiu", "a list of different names, one for each label"),
+}
+"""Arrays of one axis beside the samples: their types, as numpy abbreviates them, and what they are."""
 
 
 def load_npz(path: Path, *, test: Path | None = None, missing: Missing = "refuse", memory_map: bool = False) -> Splits:
@@ -37,7 +43,7 @@ def load_npz(path: Path, *, test: Path | None = None, missing: Missing = "refuse
     `(n, T)`, shorter ones with a NaN tail or with `lengths_train`, `lengths_test`, and become float32 with a zero tail.
     Labels are integers 0..K-1; without `classes` the classes are named "0".."K-1". Pickled objects are never read.
     test: another `.npz` to take the test set from (its test part if it has one, else its only part).
-    memory_map: copy the samples once, as they are stored, to `.NAME.cache` beside the file and read them from there.
+    memory_map: copy the samples once, as they are stored, to the cache folder and read them from there.
     Raises InputError for anything that does not fit.
     """
     train = _Part(path, ("train", ""), missing, memory_map)
@@ -136,6 +142,9 @@ class _Part:
             )
         self.suffix = found[0]
         self.labeled = self.has(self.key("y"))
+        used = (*map(self.key, ("x", "y", "ids", "lengths")), "classes", "value_range")
+        self.headers = {name: self._header(name) for name in used if self.has(name)}
+        self._check()
 
     @staticmethod
     def _key(name: str, suffix: str) -> str:
@@ -147,10 +156,33 @@ class _Part:
     def key(self, name: str) -> str:
         return self._key(name, self.suffix)
 
+    def _header(self, name: str) -> Header:
+        with _reading(self.path, name), open_member(self.path, name) as (header, _):
+            return header
+
+    def _check(self) -> None:
+        """Whether the arrays fit together by what they declare; nothing is made of them before."""
+        x, where = self.headers[self.key("x")], f"{self.path}: {self.key('x')}"
+        if not x.shape:
+            raise InputError(f"{where} is a single number, not one sample for each label.")
+        for name, (kinds, wanted) in LISTS.items():
+            key = name if name == "classes" else self.key(name)
+            if (told := self.headers.get(key)) is None:
+                continue
+            if told.dtype.kind not in kinds or len(told.shape) != 1:
+                raise InputError(f"{self.path}: {key} must be {wanted}; got {told.dtype} of shape {told.shape}.")
+            if name == "classes" and told.rows > MAX_CLASSES:
+                raise InputError(f"{self.path}: {told.rows:,} classes are more than the {MAX_CLASSES:,} there may be.")
+            if name != "classes" and told.rows != x.rows:
+                raise InputError(f"{where} holds {x.rows:,} samples, but {key} has {told.rows:,}; give one for each.")
+        refuse_rows(self.path, x.rows, self.path.stat().st_size)
+        if not self.memory_map:
+            refuse_beyond_memory(where, x.nbytes // (2 if x.dtype.itemsize == 8 else 1))
+
     def load(self, name: str) -> Array:
         """One array, in memory."""
-        with _reading(self.path, name), np.load(self.path, allow_pickle=False) as file:
-            return np.asarray(file[name])
+        with _reading(self.path, name):
+            return read_member(self.path, name)
 
     def optional(self, name: str) -> Array | None:
         """This split's array of that name, where there is one."""
@@ -161,12 +193,10 @@ class _Part:
         y = self._labels()
         classes = self._classes(y, train)
         given = self.optional("ids")
-        ids = [str(row) for row in range(len(y))] if given is None else [str(name) for name in given.ravel()]
+        ids = [str(row) for row in range(len(y))] if given is None else [str(name) for name in given]
         if len(set(ids)) != len(ids):
             raise InputError(f"{self.path}: {self.key('ids')} names some samples twice; ids must differ.")
         raw, where = self._raw(), f"{self.path}: {self.key('x')}"
-        if len(raw) != len(y) or len(ids) != len(y):
-            raise InputError(f"{where} holds {len(raw)} samples for {len(y)} labels and {len(ids)} ids.")
         labels = torch.from_numpy(y)
         if raw.dtype == np.uint8:
             _check_images(raw, where)
@@ -186,63 +216,42 @@ class _Part:
 
     def _labels(self) -> npt.NDArray[np.int64]:
         if not self.labeled:
-            return np.zeros(len(self._raw()), dtype=np.int64)
-        y = self.load(self.key("y"))
-        if y.dtype.kind not in "iu" or y.ndim != 1:
-            raise InputError(
-                f"{self.path}: {self.key('y')} must be one integer for each sample, got {y.dtype} of shape {y.shape}; "
-                "number the classes 0..K-1."
-            )
-        return y.astype(np.int64)
+            return np.zeros(self.headers[self.key("x")].rows, dtype=np.int64)
+        return self.load(self.key("y")).astype(np.int64)
 
     def _classes(self, y: npt.NDArray[np.int64], train: Spec | None) -> tuple[str, ...]:
         if not self.has("classes"):
             if train is not None:
                 return train.classes
             count = int(y.max(initial=-1)) + 1
-            if count > MAX_CLASSES:
+            if count > MAX_NUMBERED:
                 raise InputError(f"{self.path}: a label is {count - 1}; number the classes 0..K-1 or add `classes`.")
             return tuple(map(str, range(count)))
-        names = self.load("classes")
-        if names.ndim != 1 or names.dtype.kind not in "Uiu" or len(set(names.tolist())) != len(names):
+        names = tuple(map(str, self.load("classes").tolist()))
+        if len(set(names)) != len(names):
             raise InputError(f"{self.path}: classes must be a list of different names, one for each label.")
-        return tuple(map(str, names.tolist()))
+        return names
 
     def _raw(self) -> _Raw:
         """The samples as the file holds them."""
         key = self.key("x")
-        if not self.memory_map:
-            with _reading(self.path, key), self._open(key) as (shape, columns_first, dtype, _):
-                plain = not columns_first and not dtype.hasobject and bool(shape)
-            if plain:
-                return _Raw(shape, dtype, self._stream)
-            array = self.load(key)
-        else:
+        told = self.headers[key]
+        if not self.memory_map and not told.columns_first:
+            return _Raw(told.shape, told.dtype, self._stream)
+        if self.memory_map:
             with _reading(self.path, key):
                 array = map_member(self.path, key)
-        if array.ndim == 0:
-            raise InputError(f"{self.path}: {key} is a single number, not one sample for each label.")
+        else:
+            array = self.load(key)
         step = _step(array.shape, array.dtype)
         starts = range(0, len(array), step)
         pieces = partial(map, lambda start: array[start : start + step], starts)
         return _Raw(array.shape, array.dtype, pieces, array if self.memory_map else None)
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[tuple[tuple[int, ...], bool, np.dtype[Any], IO[bytes]]]:
-        """Shape, order and type of an array, and the file at its first value."""
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
-            version = NPY.read_magic(file)
-            read = {(1, 0): NPY.read_array_header_1_0, (2, 0): NPY.read_array_header_2_0}[version]
-            shape, columns_first, dtype = read(file)
-            there = archive.getinfo(f"{name}.npy").file_size
-            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > there:
-                raise ValueError(f"it declares more values than its {there:,} bytes hold")
-            yield shape, columns_first, dtype, file
-
     def _stream(self) -> Iterator[Array]:
         key = self.key("x")
-        with _reading(self.path, key), self._open(key) as (shape, _, dtype, file):
-            step = _step(shape, dtype)
+        with _reading(self.path, key), open_member(self.path, key) as (told, file):
+            shape, dtype, step = told.shape, told.dtype, _step(told.shape, told.dtype)
             for start in range(0, shape[0], step):
                 rows = min(step, shape[0] - start)
                 want = rows * math.prod(shape[1:]) * dtype.itemsize
@@ -262,8 +271,6 @@ class _Part:
             )
         shape = raw.shape if len(raw.shape) == 3 else (len(raw), 1, raw.shape[1])
         given = self.optional("lengths")
-        if given is not None and (given.dtype.kind not in "iu" or given.shape != (len(raw),)):
-            raise InputError(f"{self.path}: {self.key('lengths')} must be one integer for each of {len(raw)} samples.")
 
         def fill(out: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
             ends = np.zeros(len(raw), dtype=np.int64)
@@ -309,13 +316,9 @@ def _reading(path: Path, name: str | None = None) -> Iterator[None]:
     """Whatever goes wrong inside becomes one sentence: damaged archives fail in a dozen ways."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
-        if any(told in str(error) for told in ("Object arrays", "pickled (object)", "Python objects")):
-            raise InputError(
-                f"{path}: {name} holds pickled Python objects, which are never read; save plain arrays of numbers."
-            ) from None
         what = f" the array {name!r} in" if name else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot read{what} {path}: {reason}.") from None

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
+from antibackdoor.data.parquet import declared
 from antibackdoor.data.series import Missing
 from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
 from antibackdoor.errors import InputError
 from antibackdoor.files import read_json
-from antibackdoor.limits import MAX_SAMPLE, inside, refuse_beyond_memory
+from antibackdoor.limits import MAX_NAME, MAX_SAMPLE, inside, refuse_beyond_memory, refuse_growth, refuse_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,8 +33,8 @@ SAMPLES = ("image", "img", "series", "x", "values", "input_values", "data")
 TRAIN, TEST = re.compile(r"(^|[^a-z])train([^a-z]|$)"), re.compile(r"(^|[^a-z])(test|validation|valid|val)([^a-z]|$)")
 MAX_GROUP = 2 * 2**30
 """Bytes of one row group of a parquet file, unpacked; that much must fit into memory."""
-ROW_BYTES, BATCH_BYTES = 4, 2**29
-"""Bytes of a file that a row takes at least, so that a repeated one costs something; bytes to read at a time."""
+BATCH_BYTES = 2**28
+"""Bytes to read at a time."""
 
 
 def is_arrow_folder(path: Path) -> bool:
@@ -104,48 +105,65 @@ class _Part:
             features = _features(schema)
             self.label, self.classes = _label_column(schema, features, where)
             self.column = _sample_column(schema, features, self.label, where)
+        self._given = self._labels()  # before any sample: whatever is wrong with them costs nothing
 
     def encoded(self) -> Iterator[tuple[str, bytes]]:
         """Row number and encoded image of every row."""
+        handed, size = 0, sum(file.stat().st_size for file in self.files)
         for row, value in enumerate(self._values(self.column.name)):
-            inner = value.get("bytes") if isinstance(value, dict) else value
-            if not isinstance(inner, bytes):
+            inner = value["bytes"] if hasattr(value, "keys") and value.is_valid else value
+            found = inner.as_buffer() if inner.is_valid else None
+            if found is None:
                 raise InputError(
                     f"{self.where}: row {row} of column {self.column.name!r} holds no image itself (a path, or "
                     "nothing); write the data set with its `save_to_disk`, which puts them in."
                 )
-            if len(inner) > MAX_SAMPLE:
-                raise InputError(f"{self.where}: row {row} holds {len(inner):,} bytes; at most 64 MiB are read.")
-            yield str(row), inner
+            if found.size > MAX_SAMPLE:
+                raise InputError(f"{self.where}: row {row} holds {found.size:,} bytes; at most 64 MiB are read.")
+            handed += found.size
+            refuse_growth(f"{self.where}, an image that is there once for each row that shows it,", handed, size)
+            yield str(row), found.to_pybytes()
 
     def cases(self) -> Iterator[npt.NDArray[Any]]:
         """The series of every row."""
         for row, value in enumerate(self._values(self.column.name)):
-            try:
-                yield np.array(value, dtype=np.float64)
-            except (TypeError, ValueError):
+            case = _numbers(value.values) if value.is_valid else None
+            if case is None:
                 raise InputError(
                     f"{self.where}: row {row} of column {self.column.name!r} is no series: lists of numbers are "
                     "needed, all channels of one length."
-                ) from None
+                )
+            yield case
 
     def labels(self) -> Labels:
         """The labels of every row."""
+        return self._given
+
+    def _labels(self) -> Labels:
         given: list[str | int] = []
-        for row, value in enumerate(self._values(self.label)):
-            if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        for row, scalar in enumerate(self._values(self.label)):
+            value = scalar.as_py()
+            if not isinstance(value, int | str) or value == "":
                 raise InputError(f"{self.where}: row {row} of column {self.label!r} holds no label: {value!r}.")
+            if isinstance(value, str) and len(value) > MAX_NAME:
+                raise InputError(
+                    f"{self.where}: row {row} of column {self.label!r} has a name of {len(value):,} characters; "
+                    f"at most {MAX_NAME:,} make sense."
+                )
             given.append(value)
         return Labels(given, self.classes)
 
     def _values(self, column: str) -> Iterator[Any]:
         for file in self.files:
             with _reading(file):
+                rows = 0
                 for batch in _batches(file, column):
+                    rows += batch.num_rows
+                    refuse_rows(file, rows, file.stat().st_size)
                     refuse_beyond_memory(f"{file}: some rows of {column!r}", 2 * batch.nbytes)
                     batch.validate(full=True)  # offsets in a file may lie, and would be followed out of it
                     # One by one: a value that a dictionary holds once may stand in every row.
-                    yield from (value.as_py() for value in batch.column(0))
+                    yield from batch.column(0)
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -202,7 +220,7 @@ def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
 
     if file.suffix.lower() == ".parquet":
         with pq.ParquetFile(file) as table:
-            rows = _check_parquet(file, table.metadata)
+            rows = _check_parquet(file)
             yield from table.iter_batches(batch_size=rows, columns=[column], use_threads=False)
         return
     with pa.memory_map(str(file)) as source:
@@ -212,18 +230,19 @@ def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays([batch.column(batch.schema.get_field_index(column))], [column])
 
 
-def _check_parquet(file: Path, told: pa.FileMetaData) -> int:
+def _check_parquet(file: Path) -> int:
     """Refuse a table that declares more than any honest one; returns how many of its rows to read at a time.
 
     A value that a row group stores once may stand in each of its rows, so the rows read at a time may not be worth more
-    than so many whole groups. Nothing is asked of single columns: pyarrow ends the process where theirs are damaged.
+    than so many whole groups. pyarrow is not asked: it ends the process where what is told of a column is damaged.
     """
-    if told.num_rows > file.stat().st_size // ROW_BYTES:
-        raise InputError(f"{file} declares {told.num_rows:,} rows in {file.stat().st_size:,} bytes; it is a bomb.")
-    largest = max((told.row_group(number).total_byte_size for number in range(told.num_row_groups)), default=1)
-    if not 0 <= largest <= MAX_GROUP:
-        raise InputError(f"{file}: a row group of {largest:,} bytes is too large; write it in smaller ones.")
-    return max(1, min(256, BATCH_BYTES // max(largest, 1)))
+    told, size = declared(file), file.stat().st_size
+    refuse_rows(file, told.rows, size)
+    refuse_growth(file, told.unpacked, size)
+    refuse_beyond_memory(file, told.unpacked)
+    if told.largest > MAX_GROUP:
+        raise InputError(f"{file}: a row group of {told.largest:,} bytes is too large; write it in smaller ones.")
+    return max(1, min(256, BATCH_BYTES // max(told.largest, 1)))
 
 
 def _open_arrow(source: pa.NativeFile) -> Any:
@@ -246,11 +265,19 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _label_column(schema: pa.Schema, features: dict[str, Any], where: Path) -> tuple[str, list[str] | None]:
+    import pyarrow as pa
+
     declared = [n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"]
     found = [n for n in LABELS if n in declared] or declared or [n for n in LABELS if n in schema.names]
     if not found or (len(found) > 1 and found[0] not in LABELS):
         raise InputError(
             f"{where} needs one column of labels, called label; its columns are {', '.join(schema.names) or 'none'}."
+        )
+    kind = schema.field(found[0]).type
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(inner) or pa.types.is_string(inner) or pa.types.is_large_string(inner)):
+        raise InputError(
+            f"{where}: column {found[0]!r} of type {kind} holds no labels; whole numbers or names are needed."
         )
     names = features.get(found[0], {}).get("names")
     return found[0], [str(name) for name in names] if isinstance(names, list) else None
@@ -262,10 +289,14 @@ def _sample_column(schema: pa.Schema, features: dict[str, Any], label: str, wher
     found: list[_Column] = []
     for field in schema:
         kind = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
-        encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        inside = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
         if field.name == label:
             continue
-        if encoded or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        if (
+            pa.types.is_binary(inside)
+            or pa.types.is_large_binary(inside)
+            or (inside != kind and pa.types.is_null(inside))
+        ):
             if features.get(field.name, {}).get("_type", "Image") == "Image":
                 found.append(_Column(field.name, True))
         elif _is_series(kind):
@@ -285,8 +316,23 @@ def _is_series(kind: pa.DataType) -> bool:
 
     depth = 0
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        if pa.types.is_fixed_size_list(kind) and kind.list_size == 0:
+            return False  # as many as one likes take no bytes at all
         kind, depth = kind.value_type, depth + 1
     return depth in (1, 2) and (pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _numbers(values: pa.Array) -> npt.NDArray[np.float64] | None:
+    """The numbers of one series, NaN where one is missing; None where they are none, or channels differ in length."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
+        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float64)
+    if not len(values) or values.null_count:
+        return None
+    channels = [_numbers(channel.values) for channel in values]
+    alike = {None if channel is None else channel.shape for channel in channels}
+    return np.stack([channel for channel in channels if channel is not None]) if len(alike) == 1 else None
 
 
 @contextmanager
@@ -294,7 +340,7 @@ def _reading(file: Path) -> Iterator[None]:
     """Whatever pyarrow says about a damaged file becomes one sentence."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except FileNotFoundError:
         raise InputError(f"{file} does not exist.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
 import threading
 import warnings
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
 from antibackdoor.data.labels import number
+from antibackdoor.data.mapped import stamp
 from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, visible
 from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
@@ -34,6 +36,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
 MAX_PIXELS = 64 * 2**20
 LARGE, _ONE_AT_A_TIME = 4 * 2**20, threading.Lock()
 """Images of more pixels are decoded one by one: every thread with one in its hands would take half a GiB."""
+MAX_SCANS = 100
+"""Scans of a JPEG; honest ones have some 10, each goes over all pixels, and a scan of no change takes 12 bytes."""
 MAX_SIDE = 64
 MAX_DEPTH = 64
 TEST_NAMES = ("test", "val", "valid")
@@ -66,8 +70,7 @@ class Listing:
         """What the decoded images depend on: names, sizes and times of the files."""
         for row, name in enumerate(self.ids):
             try:
-                stat = self.path(row).stat()
-                yield name, self.names[row] == "", stat.st_size, stat.st_mtime_ns
+                yield name, self.names[row] == "", stamp(self.path(row))
             except (OSError, ValueError):  # ValueError: a NUL in a name
                 yield name, None
 
@@ -183,17 +186,24 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
     refuse_special(path, MAX_TEXT)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            columns = set(rows.fieldnames or ())
-            if not {"path", "label"} <= columns:
+            rows = csv.reader(file)
+            columns = next(rows, [])
+            if not {"path", "label"} <= set(columns):
                 raise InputError(
                     f"{path} needs a header line with the columns path and label; "
-                    f"it has {', '.join(sorted(columns)) or 'none'}."
+                    f"it has {', '.join(sorted(set(columns))) or 'none'}."
                 )
+            at = {name: columns.index(name) for name in ("path", "label", "split") if name in columns}
+            twice = next((name for name in at if columns.count(name) > 1), None)
+            if twice is not None:
+                raise InputError(f"{path} has the column {twice} twice; one is needed.")
             for row in rows:
-                where, given = f"{path} line {rows.line_num}", row["path"] or ""
-                split = (row["split"] or "") if "split" in columns else "train"
-                if not given or not row["label"]:
+                if not row:
+                    continue
+                found = {name: row[place] if place < len(row) else "" for name, place in at.items()}
+                where, given, label = f"{path} line {rows.line_num}", found["path"], found["label"]
+                split = found.get("split", "train")
+                if not given or not label:
                     raise InputError(f"{where} has no path or no label.")
                 if split != "train" and split not in TEST_NAMES:
                     raise InputError(f"{where} has the split {split!r}; known: train, {', '.join(TEST_NAMES)}.")
@@ -203,7 +213,7 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
                 if name in seen:
                     raise InputError(f"{where} names {given!r} a second time; a file can be listed only once.")
                 seen.add(name)
-                (train if split == "train" else test).add(str(name), row["label"])
+                (train if split == "train" else test).add(str(name), label)
     except InputError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # ValueError: bytes that are no text, and NUL in a name
@@ -273,6 +283,8 @@ def _common_size(listing: Listing) -> tuple[int, int]:
             refuse_special(listing.path(row))
             with Image.open(listing.path(row), formats=FORMATS) as image:
                 return image.size
+        except MemoryError:
+            raise
         except Exception:
             return None
 
@@ -309,6 +321,8 @@ def _decode_file(listing: Listing, size: tuple[int, int], block: Block, first: i
         block[row - first] = decode_image(read_bytes(path), size).transpose(2, 0, 1)
     except FileNotFoundError:
         return "no such file"
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise whatever they like on damaged files
         return str(error).split("<_io")[0].strip(" '") or type(error).__name__
     return None
@@ -324,8 +338,27 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
+    scans = _scans(encoded) if encoded.startswith(b"\xff\xd8") else 1
+    if scans > MAX_SCANS or scans * pixels > 16 * MAX_PIXELS:
+        raise ValueError(f"{scans} scans of {image.width}x{image.height} pixels are more than any honest JPEG has")
     with _ONE_AT_A_TIME if pixels > LARGE else nullcontext():
         return _decoded(image, encoded, size)
+
+
+MARKER = re.compile(rb"\xff+([\x01-\xfe])")
+ALONE = frozenset(bytes([code]) for code in (0x01, *range(0xD0, 0xD9)))
+"""Markers of a JPEG without a length: nothing follows them."""
+
+
+def _scans(encoded: bytes) -> int:
+    """How many times a JPEG goes over its pixels: its segments, walked up to its end, one by one."""
+    place = scans = 0
+    while (found := MARKER.search(encoded, place)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        place = found.end()
+        if found[1] not in ALONE:
+            place += int.from_bytes(encoded[place : place + 2], "big")
+    return scans
 
 
 def _decoded(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +18,14 @@ def number(names: Sequence[str], ids: Sequence[str], classes: Sequence[str] | No
     Raises InputError for a class that is not among them.
     """
     longest = max(map(len, names), default=0)
-    if longest > MAX_NAME:  # one such name makes every row of a text array as long
+    if longest > MAX_NAME:
         raise InputError(f"a class has a name of {longest:,} characters; at most {MAX_NAME:,} make sense.")
-    given = np.asarray(names, dtype=np.str_)
-    known = np.unique(given) if classes is None else np.asarray(classes, dtype=np.str_)
-    if len(given) == 0:
-        return torch.zeros(0, dtype=torch.int64), known.tolist()
-    place = np.searchsorted(known, given)
-    lost = known[place.clip(max=len(known) - 1)] != given
-    if lost.any():
-        first = int(lost.argmax())
+    known = sorted(set(names)) if classes is None else list(classes)
+    place = {name: k for k, name in enumerate(known)}
+    lost = next((row for row, name in enumerate(names) if name not in place), None)
+    if lost is not None:
         raise InputError(
-            f"test sample {ids[first]!r} is of class {str(given[first])!r}, which the training set does not have; "
+            f"test sample {ids[lost]!r} is of class {names[lost]!r}, which the training set does not have; "
             "leave that class out of the test set or add it to the training set."
         )
-    return torch.from_numpy(place.astype(np.int64)), known.tolist()
+    return torch.tensor([place[name] for name in names], dtype=torch.int64), known

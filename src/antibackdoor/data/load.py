@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from antibackdoor.data.arrays import load_npz, load_samples_npz
 from antibackdoor.data.arrow import EXTENSIONS as TABLES
 from antibackdoor.data.arrow import is_arrow_folder, load_arrow
-from antibackdoor.data.catalog import CATALOG, load_named
+from antibackdoor.data.catalog import CATALOG, found_named, load_named
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
@@ -48,8 +48,8 @@ def load(
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
-    memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once (`.NAME.cache` beside the data,
-        or in $ANTIBACKDOOR_CACHE); the same results as in memory. None: where they would fill a quarter of the memory.
+    memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once in $ANTIBACKDOOR_CACHE (else
+        ~/.cache/antibackdoor); the same results as in memory. None: where they would fill a quarter of the memory.
     data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
@@ -70,6 +70,11 @@ def load(
         "data_root": None if data_root is None else _place(data_root),
     }
     return replace(splits, source=told)
+
+
+def at_hand(source: str, data_root: Path | None = None) -> bool:
+    """Whether `load` finds this path or name without reaching for the network."""
+    return Path(source).exists() or (source in CATALOG and found_named(source, data_root) is not None)
 
 
 def _place(source: str | Path) -> str:
@@ -175,12 +180,15 @@ def _fitted(x: Tensor, ids: Sequence[str], lengths: Tensor | None, spec: Spec, p
     return Data(x, torch.zeros(len(x), dtype=torch.int64), fits, ids, lengths)
 
 
+RUN = ("config.json", "suspects.csv")
 WRITTEN = (("attack.json", "truth.csv"), ("keep.txt", "drop.csv"))
 """What lies beside the data in folders of our own."""
 
 
 def _inside(path: Path) -> Path:
     """The data in a folder that `antibackdoor poison`, or `antibackdoor review` with --export, wrote."""
+    if all((path / name).is_file() for name in RUN):
+        raise InputError(f"{path} holds a run, not data; give the data that it was made from.")
     if any(all((path / name).is_file() for name in names) for names in WRITTEN):
         found = next((file for name in ("data.npz", "data.csv") if (file := path / name).is_file()), path / "data")
         return inside(found, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +14,15 @@ import torch
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.labels import number
 from antibackdoor.errors import InputError
-from antibackdoor.limits import MAX_TEXT, inside, refuse_beyond_memory, refuse_special
+from antibackdoor.limits import (
+    MAX_SAMPLE,
+    MAX_STEPS,
+    MAX_TEXT,
+    inside,
+    refuse_beyond_memory,
+    refuse_growth,
+    refuse_special,
+)
 
 Missing = Literal["refuse", "interpolate", "zero"]
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
@@ -60,35 +68,32 @@ def _neighbor(train_file: Path) -> Path | None:
 
 def read_file(path: Path) -> tuple[Cases, list[str]]:
     """The series `(C, T_i)` of one file, NaN where values are missing, and their class names."""
-    try:
-        from aeon.datasets import load_from_arff_file, load_from_ts_file, load_from_tsv_file
-    except ImportError:
-        raise InputError(
-            f"reading {path} needs the package aeon: install it with  pip install 'antibackdoor[series]'"
-        ) from None
-    kind, meta = path.suffix.lower(), {"timestamps": False, "targetlabel": False, "classlabel": True}
+    kind, meta = path.suffix.lower(), {"targetlabel": False, "classlabel": True}
+    if kind not in EXTENSIONS:
+        raise InputError(f"{path} is not one of the series formats {', '.join(EXTENSIONS)}.")
     refuse_special(path, MAX_TEXT)
-    path = path.absolute()  # pandas would take file:/NAME for an address
     try:
+        if kind == ".tsv":
+            return _table(path)
+        try:
+            from aeon.datasets import load_from_arff_file, load_from_ts_file
+        except ImportError:
+            raise InputError(
+                f"reading {path} needs the package aeon: install it with  pip install 'antibackdoor[series]'"
+            ) from None
+        _check_lines(path, kind)
         if kind == ".ts":
             x, y, meta = load_from_ts_file(str(path), return_meta_data=True)
-        elif kind == ".tsv":
-            x, y = load_from_tsv_file(str(path))
-        elif kind == ".arff":
-            x, y = load_from_arff_file(str(path))
         else:
-            raise InputError(f"{path} is not one of the series formats {', '.join(EXTENSIONS)}.")
+            x, y = load_from_arff_file(str(path))
         cases = [np.asarray(case, dtype=np.float64) for case in x]
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # the parsers raise whatever the damaged line leads to
         said = str(error).strip().partition("\n")[0]
         said = re.sub(r"^Error loading <.*?>\.? *", "", said)  # names the file, which the sentence does already
         reason = said[:200].rstrip(".") or type(error).__name__
         raise InputError(f"cannot read {path} as a {kind} file: {reason}.") from None
-    if meta["timestamps"]:
-        # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses minus signs and whole numbers.
-        raise InputError(f"{path} holds time stamps, which cannot be read reliably; write the values without them.")
     if meta["targetlabel"] or not meta["classlabel"] or len(y) != len(cases):
         raise InputError(f"{path} holds no class labels (a regression target or none); labels are needed.")
     if not cases:
@@ -96,6 +101,77 @@ def read_file(path: Path) -> tuple[Cases, list[str]]:
     if any(0 in case.shape for case in cases):
         raise InputError(f"{path} holds a series without values.")
     return cases, [_class_name(label, path) for label in y.tolist()]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that hold anything, and their numbers."""
+    with path.open(encoding="utf-8-sig") as file:
+        place = 0
+        while line := file.readline(MAX_SAMPLE + 1):
+            place += 1
+            if len(line) > MAX_SAMPLE:
+                raise InputError(f"{path} line {place} has more than {MAX_SAMPLE:,} characters.")
+            if line.strip():
+                yield place, line
+
+
+def _table(path: Path) -> tuple[Cases, list[str]]:
+    """A `.tsv` file: on each line the label and then the values, all in number; NaN or nothing where one is missing."""
+    cases, labels, width = list[Floats](), list[str](), 0
+    for place, line in _lines(path):
+        steps = line.count("\t")
+        width = width or steps
+        if steps != width or not 1 <= steps <= MAX_STEPS:
+            raise InputError(
+                f"{path} line {place} has {steps:,} values after its label; all lines need the same number, "
+                f"1 to {MAX_STEPS:,}."
+            )
+        label, *values = line.rstrip("\r\n").split("\t")
+        try:
+            cases.append(np.fromiter((float(value.strip() or "nan") for value in values), np.float64, steps)[None])
+        except ValueError as error:
+            raise InputError(f"cannot read {path} as a .tsv file: line {place}: {error}.") from None
+        labels.append(label.strip().strip('"'))
+    if not cases:
+        raise InputError(f"{path} holds no series.")
+    try:
+        return cases, [_class_name(float(label), path) for label in labels]
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        return cases, [_class_name(label, path) for label in labels]
+
+
+def _check_lines(path: Path, kind: str) -> None:
+    """Refuse a `.ts` or `.arff` file whose lines lead its parser to more than their characters can hold.
+
+    It makes a matrix of the channels that a line has and of the values of the first one, fills a line of `.arff` with
+    fewer values up, and a table of labels that are all as long as the longest.
+    """
+    data, relational, rows, longest, first = False, False, 0, 0, (0, 0)
+    for place, line in _lines(path):
+        lower = line.lower()
+        if kind == ".ts" and not data and re.match(r"\s*[^#\s]timestamps\s+true\b", lower):
+            # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses minus signs and whole numbers.
+            raise InputError(f"{path} holds time stamps, which cannot be read reliably; write the values without them.")
+        relational |= "@attribute" in lower and "relational" in lower
+        if lower.strip() == "@data" if kind == ".ts" else "@data" in lower:
+            data = True
+            continue
+        if not data:
+            continue
+        between, after = (":", ":") if kind == ".ts" else ("\\n", "',") if relational else ("\\n", ",")
+        values, _, label = line.rpartition(after)
+        channels = values.count(between) + 1 if kind == ".ts" or relational else 1
+        commas, wide = line.count(","), channels * (values.partition(between)[0].count(",") + 1)
+        if kind == ".arff":
+            first = first if rows else (commas, wide)
+            if commas != first[0]:
+                raise InputError(f"{path} line {place} has another number of values than the first line of data.")
+        if max(wide, first[1]) > len(line):
+            raise InputError(f"{path} line {place} declares {wide:,} values in {len(line):,} characters.")
+        rows, longest = rows + 1, max(longest, len(label))
+    refuse_growth(f"the labels of {path}, all as long as the longest,", 4 * rows * longest, path.stat().st_size)
 
 
 def _class_name(label: object, path: Path) -> str:
@@ -129,6 +205,8 @@ def from_cases(
     longest = max(max(span) for span in spans)
     # One long series among many short ones makes all of them long; as float64 while they are cleaned.
     padded_values = sum(map(len, parts)) * longest * max(channels or {1})
+    given = 8 * sum(case.size for cases in parts for case in cases)
+    refuse_growth(f"{where}, padded to its longest series,", 12 * padded_values, given)
     refuse_beyond_memory(f"{where}, padded to its longest series,", 12 * padded_values)
     data: list[Data] = []
     cleaned = []

@@ -9,15 +9,14 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
+from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Missing
 from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
 from antibackdoor.errors import InputError
@@ -123,13 +122,7 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     try:
         _check_whole(file)
         with tarfile.open(file, mode="r|", errorlevel=1) as archive:
-            remembered: Any = archive
-            for count, member in enumerate(archive):
-                remembered.members = []  # it would keep an entry for every file
-                if count > MAX_MEMBERS:
-                    raise InputError(f"{file} holds more than {MAX_MEMBERS:,} files.")
-                if not member.isfile():
-                    continue  # folders; links and devices are nothing to read
+            for member in _members(archive, file):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
                 if not stem or not ending:
@@ -154,6 +147,22 @@ def _grouped(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot read {file} as a tar archive: {error}.") from None
+
+
+def _members(archive: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an archive; refused where they declare more bytes than it has (holes in them cost nothing)."""
+    remembered: Any = archive
+    told, size = 0, file.stat().st_size
+    for count, member in enumerate(archive):
+        remembered.members = []  # it would keep an entry for every file
+        if count > MAX_MEMBERS:
+            raise InputError(f"{file} holds more than {MAX_MEMBERS:,} files.")
+        if not member.isfile():
+            continue  # folders; links and devices are nothing to read
+        told += member.size
+        if told > size:
+            raise InputError(f"{file}: {member.name!r} declares more bytes than the archive has.")
+        yield member
 
 
 def _check_whole(file: Path) -> None:
@@ -194,7 +203,9 @@ def _label(file: Path, key: str, parts: dict[str, bytes]) -> str | int:
 
 def _array(name: str, encoded: bytes) -> npt.NDArray[Any]:
     try:
-        return np.asarray(np.load(BytesIO(encoded), allow_pickle=False))
+        return read_array(encoded)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged header surfaces as any of a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"the array of sample {name!r} cannot be read: {reason}.") from None

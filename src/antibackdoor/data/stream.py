@@ -20,6 +20,7 @@ from torch import Tensor
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, decode_image, in_threads
 from antibackdoor.data.labels import number
+from antibackdoor.data.mapped import stamp
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, visible
@@ -55,8 +56,7 @@ class Encoded:
     def state(self) -> Iterator[object]:
         """What the decoded images depend on: names, sizes and times of the files."""
         for file in self.files:
-            stat = file.stat()
-            yield str(file), stat.st_size, stat.st_mtime_ns
+            yield str(file), stamp(file)
 
 
 def images(
@@ -175,6 +175,8 @@ def _common_size(records: Iterator[tuple[str, bytes]]) -> tuple[int, int]:
                 warnings.simplefilter("ignore")
                 with Image.open(BytesIO(encoded), formats=FORMATS) as image:
                     counts[image.size] += 1
+        except MemoryError:
+            raise
         except Exception:  # reported when it is decoded
             continue
     width, height = max(counts, key=lambda found: (counts[found], found), default=(MAX_SIDE, MAX_SIDE))
@@ -190,6 +192,8 @@ def _decode(
     def decode(record: tuple[str, bytes]) -> Block | str:
         try:
             return decode_image(record[1], size)
+        except MemoryError:
+            raise
         except Exception as error:  # decoders raise whatever they like on damaged data
             return str(error).split("<_io")[0].strip() or type(error).__name__
 

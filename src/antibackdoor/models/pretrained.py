@@ -27,6 +27,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     refuse_special(path, MAX_BYTES)
     try:
         return load_file(path)
+    except MemoryError:
+        raise
     except Exception as error:  # safetensors raises its own type, which it does not export for catching
         raise InputError(f"cannot read the weights {path}: {str(error).splitlines()[0]}.") from None
 
@@ -37,6 +39,8 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except MemoryError:
+        raise
     except Exception as error:  # safetensors raises its own type, which it does not export for catching
         raise InputError(f"cannot read the weights {path}: {str(error).splitlines()[0]}.") from None
 
