@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, from_csv_cell, write_csv
+from antibackdoor.limits import read_table
 from antibackdoor.runs import issues_table, load_model
 
 Table: TypeAlias = Literal["suspects", "issues"]
@@ -53,16 +54,15 @@ def read_suspects(folder: Path) -> pd.DataFrame:
     """`suspects.csv` of a run folder as `Result.suspects` was: names as they are, flags as booleans."""
     path = folder / "suspects.csv"
     text = ["id", "label", "suggested_label", "reason"]
-    kinds: Any = {**dict.fromkeys(text, str), "flagged": str}
-    try:
-        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding_errors="surrogateescape")
-        for name in text:
-            table[name] = table[name].map(from_csv_cell)
-        table["flagged"] = table["flagged"].str.lower().isin(["true", "1"])
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no suspects.csv; give the folder of a finished run.") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    if not path.exists():
+        raise InputError(f"{folder} holds no suspects.csv; give the folder of a finished run.")
+    table = read_table(path, dict.fromkeys([*text, "flagged"], str), encoding_errors="surrogateescape")
+    missing = [name for name in (*text, "score", "probability", "flagged") if name not in table]
+    if missing:
+        raise InputError(f"cannot read {path}: it has no column {missing[0]!r}.")
+    for name in text:
+        table[name] = table[name].map(from_csv_cell)
+    table["flagged"] = table["flagged"].str.lower().isin(["true", "1"])
     return table
 
 

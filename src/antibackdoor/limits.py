@@ -11,12 +11,15 @@ import re
 import stat
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from antibackdoor.errors import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 GIB = 2**30
 MAX_SAMPLE = 64 * 2**20
@@ -25,6 +28,8 @@ MAX_DOCUMENT = 64 * 2**20
 """Bytes of a JSON or TOML file."""
 MAX_TEXT = 4 * GIB
 """Bytes of a file of series or a manifest, which are text."""
+MAX_TABLE = GIB
+"""Bytes of a table, a history or a list of decisions in a run folder."""
 MAX_NAME = 4096
 """Characters of an id or of the name of a class; no path is longer."""
 MAX_CLASSES = 100_000
@@ -82,6 +87,22 @@ def read_bytes(path: Path, limit: int = MAX_SAMPLE) -> bytes:
 def read_text(path: Path, limit: int = MAX_DOCUMENT) -> str:
     """The content of a plain file of at most `limit` bytes as UTF-8."""
     return read_bytes(path, limit).decode("utf-8")
+
+
+def read_table(path: Path, kinds: Mapping[str, Any], **more: Any) -> DataFrame:
+    """A CSV table of a run folder or of a truth, a plain file of at most MAX_TABLE bytes; no word means "missing".
+
+    kinds: the type of each column that is not left to pandas; more: for `pandas.read_csv`.
+    Raises InputError where it cannot be read.
+    """
+    import pandas as pd
+
+    refuse_special(path, MAX_TABLE)
+    try:
+        table: DataFrame = pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}.") from None
+    return table
 
 
 def read_toml(path: Path, wrong: str) -> dict[str, Any]:

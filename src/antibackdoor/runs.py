@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from antibackdoor.attention import Attention
 from antibackdoor.data.core import Data, Kind, Spec, Splits
 from antibackdoor.errors import InputError
 from antibackdoor.files import LOCK, atomically, lock, read_json, save_tensors, sweep, write_json
-from antibackdoor.limits import MAX_CLASSES
+from antibackdoor.limits import MAX_CLASSES, containment
 from antibackdoor.models import create
 from antibackdoor.models.pretrained import read_shapes, read_weights
 
@@ -67,6 +68,7 @@ def open_folder(
     """
     settings = folder / "config.json"
     _in_use(folder, resume)  # before anything is written to it
+    refuse_links_out(folder)
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,15 @@ def _in_use(folder: Path, resume: bool) -> bool:
     if taken and not (folder / "config.json").exists():
         raise InputError(f"{folder} is not empty and holds no run to go on with (no config.json in it).")
     return taken
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a run folder, which somebody else may have made, with a link by which we would write somewhere else."""
+    contained = containment(folder)
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not contained(path):
+                raise InputError(f"{path} is a link out of the run folder; remove it.")
 
 
 def save_model(folder: Path, model: nn.Module, architecture: str | None, spec: Spec) -> None:

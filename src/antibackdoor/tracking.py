@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import read_json, write_json
+from antibackdoor.files import read_object, write_json
 from antibackdoor.training.loop import Progress
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
@@ -32,7 +32,7 @@ class Tracking:
             raise InputError("tracking needs a run folder; give `out`.")
         self.folder = folder or Path()
         path = self.folder / "tracking.json"
-        self.ids: dict[str, str] = read_json(path) if names and path.is_file() else {}
+        self.ids: dict[str, str] = read_object(path) if names and path.is_file() else {}
         self.loggers = {name: self._make(name) for name in dict.fromkeys(names)}
 
     def begin(self, settings: dict[str, Any]) -> None:

@@ -41,8 +41,11 @@ NAMES = {
     "backslashes": "'\\n\\x1b",
     "backslashes and a line break": "\\n\n\\",
     "leading quote": "'=1",
+    "formula behind a semicolon": "a;=1+1|cmd",
+    "formula behind semicolons and quotes": 'a; "=1;;\'+1"',
     "bell and backspace": "ok\x07\x08\x08bad",
 }
+FORMULA = re.compile(r"[\s\"]*[=+\-@＝＋－＠]").match
 
 
 @pytest.mark.parametrize("case", NAMES)
@@ -56,6 +59,8 @@ def test_names_in_tables(tmp_path: Path, case: str) -> None:
     assert not HARMFUL.search(text.replace("\n", "")) and text.count("\n") == 2
     cells = list(csv.reader(text.splitlines()))[1]
     assert not cells[0].startswith(("=", "+", "-", "@", "＝", "\t", "\r", "\n"))
+    for separator in ";\t|":  # as a spreadsheet may take it, after the user's settings
+        assert not [cell for row in csv.reader(text.splitlines(), delimiter=separator) for cell in row if FORMULA(cell)]
     assert from_csv_cell(cells[0]) == name
     assert read_suspects(tmp_path)["id"].tolist() == [name] and read_suspects(tmp_path)["label"].tolist() == [name]
 

@@ -16,6 +16,7 @@ from PIL import Image
 from antibackdoor.data import packed, rows
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load
+from antibackdoor.data.mapped import copies_of
 from antibackdoor.data.rows import MemoryMap, View
 from antibackdoor.errors import InputError
 from tiny import same_weights, train
@@ -84,7 +85,7 @@ def test_the_copy_follows_the_files(folder: Path) -> None:
     assert mapped.x[torch.tensor([mapped.ids.index("train/red/03.png")])].eq(7).all()
     smaller = load(folder, memory_map=True, image_size=8)
     assert smaller.train.fingerprint() == load(folder, image_size=8).train.fingerprint()
-    assert len(list(folder.with_name(".photos.cache").iterdir())) == 1, "the outdated copies are gone"
+    assert len(list(copies_of(folder, ()).parent.iterdir())) == 1, "the outdated copies are gone"
 
 
 def test_damaged_files_are_told_each_time(folder: Path) -> None:
@@ -109,7 +110,8 @@ def test_what_would_fill_the_memory_goes_to_disk(folder: Path, monkeypatch: pyte
     for _ in range(2):
         splits = load(folder)
         assert isinstance(splits.train.x, MemoryMap) and splits.train.fingerprint() == want
-    assert any((tmp_path / "elsewhere").rglob("*.bin")) and not folder.with_name(".photos.cache").exists()
+    assert any((tmp_path / "elsewhere").rglob("*.bin"))
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("elsewhere", "photos")] == []
     assert isinstance(load(folder, memory_map=False).train.x, torch.Tensor)
 
 
@@ -121,7 +123,7 @@ def test_a_failed_copy_leaves_nothing_behind(folder: Path, monkeypatch: pytest.M
         patch.setattr(packed.np, "ascontiguousarray", full)
         with pytest.raises(InputError, match="No space left on device; free space"):
             load(folder, memory_map=True)
-    assert not [file for file in folder.with_name(".photos.cache").rglob("*") if file.is_file()]
+    assert not [file for file in copies_of(folder, ()).parent.rglob("*") if file.is_file()]
     assert on_disk(load(folder, memory_map=True))
 
 

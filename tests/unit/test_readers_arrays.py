@@ -9,6 +9,7 @@ import torch
 from antibackdoor.data.arrays import load_npz, write_npz
 from antibackdoor.data.core import check_trainable
 from antibackdoor.data.load import load
+from antibackdoor.data.mapped import copies_of
 from antibackdoor.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -64,7 +65,7 @@ def test_memory_map_equals_memory(path, members, pack):
     for _ in range(2):  # made, then found
         mapped = load(path, memory_map=True).train
         assert not isinstance(mapped.x, torch.Tensor) and mapped.fingerprint() == want
-    assert len(list((path.parent / ".set.npz.cache").iterdir())) == 1
+    assert len(list(copies_of(path, ()).parent.iterdir())) == 1
 
 
 def test_memory_map_follows_the_file(path):
@@ -72,7 +73,7 @@ def test_memory_map_follows_the_file(path):
     save(path, x=255 - IMAGES, y=Y)
     os.utime(path, ns=(1, 1))
     assert load(path, memory_map=True).train.fingerprint() == load(path).train.fingerprint()
-    assert len(list((path.parent / ".set.npz.cache").iterdir())) == 1
+    assert len(list(copies_of(path, ()).parent.iterdir())) == 1
 
 
 def test_memory_map_keeps_gap_policies_apart(path):

@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,42 @@ def test_clients_that_never_finish_keep_nobody_out(client: Client) -> None:
     finally:
         for sock in slow:
             sock.close()
+
+
+HALVES = {
+    "nothing": b"",
+    "half a head": b"GET {root}/api/start HTTP/1.1\r\nHost: ",
+    "half a body": b"POST {root}/api/undo HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{",
+    "half a second one": b"GET {root}/api/start HTTP/1.1\r\nHost: {host}\r\n\r\nGET ",
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_connections_without_a_whole_request_are_closed(
+    client: Client, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """More of them than are served at once keep the user out for some seconds only."""
+    monkeypatch.setattr(server, "PATIENCE", 1.0)
+    text = HALVES[case].replace(b"{{", b"{").replace(b"{root}", client.root.encode())
+    slow = [socket.create_connection(("127.0.0.1", client.port), timeout=10) for _ in range(70)]
+    try:
+        for sock in slow:
+            sock.sendall(text.replace(b"{host}", client.host.encode()))
+        for sock in slow:
+            while sock.recv(4096):
+                pass
+        assert client.get("/api/start")[0] == 200
+    finally:
+        for sock in slow:
+            sock.close()
+
+
+def test_a_request_that_takes_long_is_answered(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    export = server.export
+    monkeypatch.setattr(server, "export", lambda *given, **more: time.sleep(0.8) or export(*given, **more))
+    assert client.post("/api/export", {"form": "npz", "undecided": "keep"})[0] == 200
 
 
 def test_the_token_is_of_this_session_and_long(client: Client) -> None:

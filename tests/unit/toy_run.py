@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from antibackdoor.threats import references
+
 IMAGE_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SERIES_CLASSES = ["walking", "running", "resting", "cycling"]
 
@@ -81,6 +83,7 @@ def _verdict(poisoned: bool, target: str) -> dict[str, Any]:
             "target_classes": [],
             "estimated_rate": 0.0,
             "evidence": evidence,
+            "references": references(False),
         }
     evidence = [
         f"Of the 100 most suspicious samples, 97 are labeled {target}; chance would give 10.",
@@ -93,6 +96,7 @@ def _verdict(poisoned: bool, target: str) -> dict[str, Any]:
         "target_classes": [target],
         "estimated_rate": 0.091,
         "evidence": evidence,
+        "references": references(True),
     }
 
 

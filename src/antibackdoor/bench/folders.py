@@ -48,7 +48,7 @@ def write_files(splits: Splits, folder: Path, *, manifest: bool = False) -> Writ
         (folder / "images").mkdir()
         ids = {part: _write_listed(data, folder, part) for part, data in parts.items()}
         with (folder / "data.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
             writer.writerow(["path", "label", "split"])
             for part, data in parts.items():
                 writer.writerows((name, classes[k], part) for name, k in zip(ids[part], data.y.tolist(), strict=True))

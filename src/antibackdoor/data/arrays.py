@@ -43,7 +43,7 @@ def load_npz(path: Path, *, test: Path | None = None, missing: Missing = "refuse
     `(n, T)`, shorter ones with a NaN tail or with `lengths_train`, `lengths_test`, and become float32 with a zero tail.
     Labels are integers 0..K-1; without `classes` the classes are named "0".."K-1". Pickled objects are never read.
     test: another `.npz` to take the test set from (its test part if it has one, else its only part).
-    memory_map: copy the samples once, as they are stored, to `.NAME.cache` beside the file and read them from there.
+    memory_map: copy the samples once, as they are stored, to the cache folder and read them from there.
     Raises InputError for anything that does not fit.
     """
     train = _Part(path, ("train", ""), missing, memory_map)

@@ -14,6 +14,7 @@ import torch
 
 from antibackdoor.data.arrays import load_npz, write_npz
 from antibackdoor.data.core import Data, Kind, Spec, Splits
+from antibackdoor.data.mapped import cache_root
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, unknown
 
@@ -49,12 +50,10 @@ def load_named(
     entry = CATALOG[name]
     if entry.embedded and entry.fetch:
         return entry.fetch(EMBEDDED)
-    if data_root is None and os.environ.get("ANTIBACKDOOR_DATA"):
-        data_root = Path(os.environ["ANTIBACKDOOR_DATA"])
-    cache = Path(os.environ.get("ANTIBACKDOOR_CACHE") or Path.home() / ".cache" / "antibackdoor")
-    for folder in (data_root, cache):
-        if folder is not None and (folder / f"{name}.npz").is_file():
-            return load_npz(folder / f"{name}.npz", missing=missing, memory_map=memory_map)
+    found = found_named(name, data_root)
+    if found is not None:
+        return load_npz(found, missing=missing, memory_map=memory_map)
+    cache = cache_root()
     remedy = f"put {name}.npz into the folder that --data-root or $ANTIBACKDOOR_DATA names"
     if entry.fetch is None:
         raise InputError(f"{name} cannot be downloaded; {remedy}.")
@@ -67,6 +66,16 @@ def load_named(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{name} could not be downloaded ({reason}); {remedy}.") from None
     return load_npz(cache / f"{name}.npz", missing=missing, memory_map=memory_map)
+
+
+def found_named(name: str, data_root: Path | None = None) -> Path | None:
+    """Where a data set of the catalog lies on this machine; None where it has to be downloaded."""
+    if CATALOG[name].embedded:
+        return EMBEDDED
+    if data_root is None and os.environ.get("ANTIBACKDOOR_DATA"):
+        data_root = Path(os.environ["ANTIBACKDOOR_DATA"])
+    places = (folder / f"{name}.npz" for folder in (data_root, cache_root()) if folder is not None)
+    return next((path for path in places if path.is_file()), None)
 
 
 def _images(classes: tuple[str, ...], *parts: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]) -> Splits:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
 from antibackdoor.data.labels import number
+from antibackdoor.data.mapped import stamp
 from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, visible
 from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
@@ -69,8 +70,7 @@ class Listing:
         """What the decoded images depend on: names, sizes and times of the files."""
         for row, name in enumerate(self.ids):
             try:
-                stat = self.path(row).stat()
-                yield name, self.names[row] == "", stat.st_size, stat.st_mtime_ns
+                yield name, self.names[row] == "", stamp(self.path(row))
             except (OSError, ValueError):  # ValueError: a NUL in a name
                 yield name, None
 

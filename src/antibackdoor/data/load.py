@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from antibackdoor.data.arrays import load_npz, load_samples_npz
 from antibackdoor.data.arrow import EXTENSIONS as TABLES
 from antibackdoor.data.arrow import is_arrow_folder, load_arrow
-from antibackdoor.data.catalog import CATALOG, load_named
+from antibackdoor.data.catalog import CATALOG, found_named, load_named
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
@@ -48,8 +48,8 @@ def load(
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
-    memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once (`.NAME.cache` beside the data,
-        or in $ANTIBACKDOOR_CACHE); the same results as in memory. None: where they would fill a quarter of the memory.
+    memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once in $ANTIBACKDOOR_CACHE (else
+        ~/.cache/antibackdoor); the same results as in memory. None: where they would fill a quarter of the memory.
     data_root: where NAME.npz files of the catalog lie.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
@@ -70,6 +70,11 @@ def load(
         "data_root": None if data_root is None else _place(data_root),
     }
     return replace(splits, source=told)
+
+
+def at_hand(source: str, data_root: Path | None = None) -> bool:
+    """Whether `load` finds this path or name without reaching for the network."""
+    return Path(source).exists() or (source in CATALOG and found_named(source, data_root) is not None)
 
 
 def _place(source: str | Path) -> str:

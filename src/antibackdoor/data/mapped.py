@@ -1,12 +1,17 @@
-"""Copies of data that can be mapped into memory, kept in a hidden folder beside them or in `$ANTIBACKDOOR_CACHE`."""
+"""Copies of data that can be mapped into memory, kept in the user's own folder for such things.
+
+Never beside the data: whoever made these could have put a copy of other content there, or a link to a folder whose
+files would then be taken for outdated copies.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,12 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 from antibackdoor.errors import InputError
-from antibackdoor.files import atomically
+from antibackdoor.files import atomically, refuse_other
 from antibackdoor.limits import memory, refuse_special
 
 CACHE = "ANTIBACKDOOR_CACHE"
+OURS = re.compile(r"[0-9a-f]{32}")
+"""Names of folders of copies."""
 
 
 def fills_memory(path: Path, share: float = 0.25) -> bool:
@@ -30,55 +37,94 @@ def fills_memory(path: Path, share: float = 0.25) -> bool:
     except (ValueError, NotImplementedError, OSError, zipfile.BadZipFile):  # told when it is read
         return False
     there = memory()
-    return there is not None and unpacked > share * there and can_keep(path)
+    return there is not None and unpacked > share * there and can_keep()
 
 
-def can_keep(path: Path) -> bool:
-    """Whether copies of a file or folder can be written where they belong."""
-    above = cache_place(path)
-    return os.access(above if above.exists() else above.parent, os.W_OK)
-
-
-def cache_place(path: Path) -> Path:
-    """Where copies of a file or folder lie: `.NAME.cache` beside it or, by its full path, in `$ANTIBACKDOOR_CACHE`."""
-    path = path.resolve()
+def cache_root() -> Path:
+    """Where downloads and copies go: `$ANTIBACKDOOR_CACHE`, else ~/.cache/antibackdoor."""
     chosen = os.environ.get(CACHE)
-    if not chosen:
-        return path.with_name(f".{path.name}.cache")
-    Path(chosen).mkdir(parents=True, exist_ok=True)
-    return Path(chosen) / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-
-
-def cache_folder(path: Path) -> Path:
-    """Where copies of this very file lie (by size and time); outdated ones are removed."""
-    stat = path.stat()
-    folder = cache_place(path) / f"{stat.st_size}-{stat.st_mtime_ns}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; load without memory mapping.") from None
-    keep_only(folder)
+        return Path(chosen) if chosen else Path.home() / ".cache" / "antibackdoor"
+    except RuntimeError:
+        raise InputError(f"this account has no home folder; name a folder for copies of data in ${CACHE}.") from None
+
+
+def can_keep() -> bool:
+    """Whether copies can be written."""
+    try:
+        root = cache_root()
+    except InputError:
+        return False
+    return os.access(next(path for path in (root, *root.parents) if path.exists()), os.W_OK)
+
+
+def copies_of(path: Path, key: Iterable[object]) -> Path:
+    """The folder for copies of a file or folder, found by its full path; key: everything else that they depend on.
+
+    InputError where a link lies on the way from the cache folder to it.
+    """
+    folder = cache_root() / "copies" / _digest([str(path.resolve())]) / _digest(key)
+    for place in (folder.parent.parent, folder.parent, folder):
+        if place.is_symlink():
+            raise InputError(f"{place} is a link, but copies of data are kept in plain folders only; remove it.")
     return folder
+
+
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """What tells that a file was changed; its last part, unlike the time before it, no archive can preset."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def keep_only(folder: Path) -> None:
     """Remove its neighbors: copies of what has changed since."""
     for old in folder.parent.iterdir():
-        if old != folder:
+        if old != folder and OURS.fullmatch(old.name) and old.is_dir() and not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _copies(path: Path) -> Path:
+    """The folder for copies of this very file, made where it is not there; outdated ones are removed."""
+    folder = copies_of(path, stamp(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}; name another place in ${CACHE}, or load without memory mapping."
+        ) from None
+    keep_only(folder)
+    return folder
+
+
+def _mapped(file: Path) -> npt.NDArray[Any] | None:
+    """The array in a copy; None where it is missing or damaged."""
+    refuse_other(file)
+    try:
+        found: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found
 
 
 def map_member(path: Path, name: str) -> npt.NDArray[Any]:
     """The array `name` of an `.npz`, mapped; a member is a whole .npy file, copied without passing through memory."""
-    cached = cache_folder(path) / f"{name}.npy"
-    if not cached.exists():
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+    cached = _copies(path) / f"{name}.npy"
+    if (found := _mapped(cached)) is not None:
+        return found
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
 
-            def copy(part: Path) -> None:
-                with part.open("wb") as file:
-                    shutil.copyfileobj(member, file, 1 << 20)
+        def copy(part: Path) -> None:
+            with part.open("wb") as file:
+                shutil.copyfileobj(member, file, 1 << 20)
 
-            atomically(cached, copy)
+        atomically(cached, copy)
     return np.asanyarray(np.load(cached, mmap_mode="r", allow_pickle=False))
 
 
@@ -86,23 +132,25 @@ def map_made(
     path: Path, name: str, shape: tuple[int, ...], fill: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Float32 rows that `fill` wrote into an array of this shape, mapped, and the row lengths it returned."""
-    rows_file, lengths_file = (cache_folder(path) / f"{name}{end}.npy" for end in ("", "-lengths"))
-    if not (rows_file.exists() and lengths_file.exists()):
-        lengths = np.zeros(0, dtype=np.int64)
+    rows_file, lengths_file = (_copies(path) / f"{name}{end}.npy" for end in ("", "-lengths"))
+    rows, ends = _mapped(rows_file), _mapped(lengths_file)
+    if rows is not None and ends is not None and (rows.shape, ends.shape) == (shape, shape[:1]):
+        return rows, np.array(ends)
+    lengths = np.zeros(0, dtype=np.int64)
 
-        def write_rows(part: Path) -> None:
-            nonlocal lengths
-            out = open_memmap(part, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
-            if hasattr(os, "posix_fallocate"):  # else a disk that fills up would kill the process as it fills the map
-                with part.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            lengths = fill(out)
-            out.flush()
+    def write_rows(part: Path) -> None:
+        nonlocal lengths
+        out = open_memmap(part, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills up would kill the process as it fills the map
+            with part.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        lengths = fill(out)
+        out.flush()
 
-        def write_lengths(part: Path) -> None:
-            with part.open("wb") as file:  # given a path, save would append .npy to it
-                np.save(file, lengths, allow_pickle=False)
+    def write_lengths(part: Path) -> None:
+        with part.open("wb") as file:  # given a path, save would append .npy to it
+            np.save(file, lengths, allow_pickle=False)
 
-        atomically(rows_file, write_rows)
-        atomically(lengths_file, write_lengths)
-    return np.load(rows_file, mmap_mode="r", allow_pickle=False), np.load(lengths_file, allow_pickle=False)
+    atomically(rows_file, write_rows)
+    atomically(lengths_file, write_lengths)
+    return np.load(rows_file, mmap_mode="r", allow_pickle=False), lengths

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from antibackdoor.data.core import Rows
-from antibackdoor.data.mapped import cache_place, can_keep, keep_only
+from antibackdoor.data.mapped import can_keep, copies_of, keep_only
 from antibackdoor.data.rows import MemoryMap
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, read_json, write_json
@@ -36,45 +39,60 @@ def rows_in_block(shape: tuple[int, ...]) -> int:
     return max(1, BLOCK // int(np.prod(shape)))
 
 
+class Contents(BaseModel):
+    """`pack.json`. size: (width, height); counts: images of each split; bad: what is wrong with some rows of each."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: tuple[PositiveInt, PositiveInt]
+    counts: list[PositiveInt]
+    bad: list[dict[NonNegativeInt, str]]
+
+    def fits(self, folder: Path) -> bool:
+        """Whether the files beside it are what it says."""
+        bins = {f"{split}.bin": count * 3 * self.size[0] * self.size[1] for split, count in enumerate(self.counts)}
+        there = {path.name: path.lstat() for path in folder.glob("*.bin")}
+        return (
+            {name: found.st_size for name, found in there.items() if stat.S_ISREG(found.st_mode)} == bins
+            and len(self.bad) == len(self.counts)
+            and all(row < count for count, rows in zip(self.counts, self.bad, strict=True) for row in rows)
+        )
+
+
 class Pack:
     """Where the decoded images of one set go, split by split.
 
     where: the folder or file that the images come from; key: everything that they depend on. memory_map: True writes
     them to disk, False keeps them in memory, None writes them once they fill a quarter of the memory.
-    A set that was written before is not decoded again: `old` is what `done` was told of it.
+    A set that was written before is not decoded again: `old` is what `done` was told of it, None where nothing, or
+    nothing whole, is there.
     """
 
     def __init__(self, where: Path, key: Iterable[object], memory_map: bool | None):
         self.folder: Path | None = None
-        self.old: Any = None
+        self.old: Contents | None = None
         self.limit = float("inf") if memory_map is not True else -1.0
         if memory_map is False:
             return
         if memory_map is None:
             there = memory()
-            if there is None or not can_keep(where):
+            if there is None or not can_keep():
                 return
             self.limit = SHARE * there
-        digest = hashlib.sha256(repr(VERSION).encode())
-        for part in key:
-            digest.update(repr(part).encode("utf-8", "surrogatepass"))
-        self.folder = cache_place(where) / digest.hexdigest()[:16]
-        if (self.folder / "pack.json").exists():
-            self.old = read_json(self.folder / "pack.json")
+        self.folder = copies_of(where, chain([VERSION], key))
+        with suppress(InputError, ValidationError):  # it is missing or damaged
+            old = Contents.model_validate(read_json(self.folder / "pack.json"))
+            self.old = old if old.fits(self.folder) else None
 
     def saved(self) -> tuple[tuple[int, int], list[Rows], list[dict[int, str]]]:
         """What was written before: the size, the rows of each split, and what is wrong with some of them."""
-        assert self.folder is not None
-        old, width, height = self.old, int(self.old["size"][0]), int(self.old["size"][1])
-        bad = [{int(row): str(reason) for row, reason in found.items()} for found in old["bad"]]
+        assert self.folder is not None and self.old is not None
+        width, height = self.old.size
         parts: list[Rows] = []
-        for split, count in enumerate(old["counts"]):
-            file, shape = self.folder / f"{split}.bin", (int(count), 3, height, width)
-            try:
-                parts.append(MemoryMap(np.memmap(file, dtype=np.uint8, mode="r", shape=shape)))
-            except (OSError, ValueError) as error:
-                raise InputError(f"cannot read the decoded images in {file} ({error}); delete {self.folder}.") from None
-        return (width, height), parts, bad
+        for split, count in enumerate(self.old.counts):
+            file, shape = self.folder / f"{split}.bin", (count, 3, height, width)
+            parts.append(MemoryMap(np.memmap(file, dtype=np.uint8, mode="r", shape=shape)))
+        return (width, height), parts, self.old.bad
 
     def writer(self, split: int, shape: tuple[int, ...]) -> Writer:
         """Takes the decoded images of a split, `(k, C, H, W)` at a time; shape: of one sample."""
@@ -93,7 +111,8 @@ class Pack:
                     return  # refused by the caller; an empty file cannot be mapped
                 atomically(self.folder / f"{split}.bin", part.numpy().tofile)
         keep_only(self.folder)
-        write_json(self.folder / "pack.json", {"size": list(size), "counts": [len(p) for p in rows], "bad": list(bad)})
+        told = Contents(size=size, counts=[len(part) for part in rows], bad=list(bad))
+        write_json(self.folder / "pack.json", told.model_dump())
 
 
 class Writer:
@@ -128,16 +147,22 @@ class Writer:
     def add(self, block: Block) -> None:
         """The next rows."""
         self.count, self.size = self.count + len(block), self.size + block.nbytes
-        try:
+        with self._writing():
             if self.out is None and self.part is not None and self.size > self.limit:
                 self.part.parent.mkdir(parents=True, exist_ok=True)
-                self.out = self.part.open("wb")
+                self.part.unlink(missing_ok=True)
+                self.out = self.part.open("xb")
                 while self.blocks:
                     self.out.write(self.blocks.pop(0).data)
             if self.out is None:
                 self.blocks.append(block)
             else:
                 self.out.write(np.ascontiguousarray(block).data)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"cannot write decoded images to {self.file}: {error.strerror or error}; free space, name another "
@@ -148,8 +173,11 @@ class Writer:
         """All of them."""
         if self.out is not None:
             assert self.part is not None and self.file is not None
-            self.out.close()
-            self.part.replace(self.file)
+            with self._writing():
+                self.out.flush()
+                os.fsync(self.out.fileno())
+                self.out.close()
+                self.part.replace(self.file)
             return MemoryMap(np.memmap(self.file, dtype=np.uint8, mode="r", shape=(self.count, *self.shape)))
         whole = np.empty((self.count, *self.shape), dtype=np.uint8)
         end = self.count

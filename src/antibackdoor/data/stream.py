@@ -20,6 +20,7 @@ from torch import Tensor
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, decode_image, in_threads
 from antibackdoor.data.labels import number
+from antibackdoor.data.mapped import stamp
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, visible
@@ -55,8 +56,7 @@ class Encoded:
     def state(self) -> Iterator[object]:
         """What the decoded images depend on: names, sizes and times of the files."""
         for file in self.files:
-            stat = file.stat()
-            yield str(file), stat.st_size, stat.st_mtime_ns
+            yield str(file), stamp(file)
 
 
 def images(

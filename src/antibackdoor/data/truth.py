@@ -11,6 +11,7 @@ from torch import Tensor
 from antibackdoor.data.core import Data, Truth
 from antibackdoor.errors import InputError
 from antibackdoor.files import from_csv_cell
+from antibackdoor.limits import read_table
 
 COLUMNS = ["id", "role", "label", "true_label", "target"]
 
@@ -28,11 +29,8 @@ def truth_table(data: Data, truth: Truth) -> pd.DataFrame:
 
 def read_truth(path: Path, data: Data) -> Truth:
     """Read the table back for `data`; InputError where it is damaged or speaks of other samples."""
-    try:
-        table = pd.read_csv(path, dtype={"id": str, "role": str}, keep_default_na=False)
-        table = table.assign(id=table["id"].map(from_csv_cell)) if "id" in table else table
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    table = read_table(path, {"id": str, "role": str})
+    table = table.assign(id=table["id"].map(from_csv_cell)) if "id" in table else table
     if list(table.columns) != COLUMNS or table["id"].tolist() != list(data.ids):
         raise InputError(f"{path} does not speak of these samples: its ids must be those of the data, in their order.")
     numbers = table[COLUMNS[2:]]
@@ -59,11 +57,8 @@ def targets_table(triggered: Data, targets: Tensor) -> pd.DataFrame:
 
 def read_targets(path: Path, triggered: Data) -> Tensor:
     """The targets `(m,)` of `triggered`; InputError where the table is damaged or speaks of other samples."""
-    try:
-        table = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
-        table = table.assign(id=table["id"].map(from_csv_cell)) if "id" in table else table
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    table = read_table(path, {"id": str})
+    table = table.assign(id=table["id"].map(from_csv_cell)) if "id" in table else table
     if list(table.columns) != ["id", "true_label", "target"] or table["id"].tolist() != list(triggered.ids):
         raise InputError(f"{path} does not speak of the samples in triggered.npz.")
     target = table["target"]

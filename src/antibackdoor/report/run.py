@@ -9,18 +9,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from antibackdoor.data.npy import read_members
 from antibackdoor.errors import InputError
-from antibackdoor.files import from_csv_cell, read_json
-from antibackdoor.limits import GIB, read_bytes
+from antibackdoor.files import from_csv_cell, read_object
+from antibackdoor.limits import MAX_TABLE, read_bytes, read_table
 
 Array: TypeAlias = npt.NDArray[Any]
 
 COLUMNS = ("id", "label", "score", "probability", "flagged", "suggested_label", "reason")
-MAX_TABLE = GIB
-"""Bytes of a history."""
 SHOWN, LISTED = 48, 300
 """Most samples a report shows one by one, and most rows it lists behind them."""
 
@@ -109,38 +106,30 @@ def read_run(folder: Path) -> Run:
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing."""
-    if not path.is_file():
-        return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} should hold a JSON object, not {type(value).__name__}.")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def _suspects(path: Path, truth: Path) -> Suspects:
     """Three columns only, so that millions of samples stay cheap; ids only where the truth has to be joined."""
     # A class may be called "NA" or "null": nothing but numbers is converted, and no word means "missing".
-    options: dict[str, Any] = {"keep_default_na": False, "encoding_errors": "backslashreplace"}
+    escaped = "backslashreplace"
     # Not "category": which values that converts to numbers or booleans depends on the version of pandas.
     dtype: dict[str, Any] = {"label": "str", "score": "float64", "flagged": "str"}
     known = truth.is_file()
     dtype |= {"id": "str"} if known else {}
-    try:
-        table = pd.read_csv(path, usecols=list(dtype), dtype=dtype, **options)
-        head = pd.read_csv(path, nrows=LISTED, dtype=str, **options)
-        missing = [name for name in COLUMNS if name not in head]
-        if missing:
-            raise ValueError(f"it has no column {missing[0]!r}")
-        first = head.to_dict("records")
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    table = read_table(path, dtype, usecols=list(dtype), encoding_errors=escaped)
+    head = read_table(path, dict.fromkeys(COLUMNS, str), nrows=LISTED, encoding_errors=escaped)
+    missing = [name for name in COLUMNS if name not in head]
+    if missing:
+        raise InputError(f"cannot read {path}: it has no column {missing[0]!r}.")
+    first = head.to_dict("records")
     labels = table["label"].map(from_csv_cell).astype("category")
     poisoned = _poisoned(truth) if known else set()
     roles = {row["id"]: "poisoned" if row["id"] in poisoned else "clean" for row in first} if known else {}
     return Suspects(
         score=np.nan_to_num(table["score"].to_numpy(dtype=np.float64)),
         flagged=table["flagged"].isin(["true", "True", "TRUE", "1"]).to_numpy(dtype=np.bool_),
-        label=labels.cat.codes.to_numpy(dtype=np.int64),
+        label=np.asarray(labels.cat.codes, dtype=np.int64),
         classes=[str(name) for name in labels.cat.categories],
         first=[{str(key): from_csv_cell(str(value)) for key, value in row.items()} for row in first],
         truth=table["id"].isin(poisoned).to_numpy(dtype=np.bool_) if known else None,
@@ -150,10 +139,7 @@ def _suspects(path: Path, truth: Path) -> Suspects:
 
 def _poisoned(path: Path) -> set[str]:
     """Ids of the poisoned samples; samples that carry the trigger under their true label are not among them."""
-    try:
-        table = pd.read_csv(path, usecols=["id", "role"], dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    table = read_table(path, {"id": str, "role": str}, usecols=["id", "role"])
     return set(table.loc[table["role"] == "poison", "id"])
 
 

@@ -17,13 +17,15 @@ from filelock import FileLock, Timeout
 
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
+from antibackdoor.files import append_to
+from antibackdoor.limits import MAX_TABLE, read_bytes
 
 Decision: TypeAlias = Literal["keep", "drop", "relabel", "undecided"]
 Undecided: TypeAlias = Literal["drop", "keep", "suggest"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
 UNDECIDED, KEEP, DROP, RELABEL = -1, -2, -3, 0
 """Codes of decisions; 0 and more is the class a sample was given."""
-NAME = "review.jsonl"
+NAME, LOCK = "review.jsonl", ".review.lock"
 
 
 class Decisions:
@@ -41,13 +43,14 @@ class Decisions:
         self._classes = {name: number for number, name in enumerate(data.spec.classes)}
         self._torn = False
         self._one = threading.Lock()
-        self._lock = FileLock(folder / ".review.lock")
+        self._lock = FileLock(folder / LOCK)
         if self.path.exists():
             self._read()
 
     def hold(self) -> None:
         """Keep other programs from writing here until this one ends."""
         try:
+            append_to(self.path.with_name(LOCK)).close()  # a plain file, which the library cannot tell from others
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"{self.path.parent} is being reviewed by another program; end that one first.") from None
@@ -77,7 +80,7 @@ class Decisions:
         lines = "".join(json.dumps(self._line(row, code)) + "\n" for row, code in changes)
         with self._one:
             try:
-                with self.path.open("ab") as file:
+                with append_to(self.path) as file:
                     file.write(("\n" if self._torn else "").encode() + lines.encode())
                     self._torn = True
                     file.flush()
@@ -95,7 +98,7 @@ class Decisions:
 
     def _read(self) -> None:
         try:
-            text = self.path.read_bytes().decode("utf-8", "replace")
+            text = read_bytes(self.path, MAX_TABLE).decode("utf-8", "replace")
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror or error}.") from None
         self._torn = bool(text) and not text.endswith("\n")
@@ -104,6 +107,8 @@ class Decisions:
                 told = json.loads(line) if line.strip() else None
             except ValueError:
                 continue  # the end of a write that was cut off
+            except RecursionError:
+                raise InputError(f"{self.path} line {number} is nested too deeply.") from None
             if told is None:
                 continue
             name = told.get("id") if isinstance(told, dict) else None

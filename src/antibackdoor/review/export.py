@@ -63,7 +63,7 @@ def _files(session: Session) -> Path | None:
 def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
     """path (or id, where samples are no files), label, split; names stay as they are, to name the files exactly."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
         table.writerow([first, "label", "split"])
         for split, data in (("train", cleaned.train), ("test", cleaned.test)):
             if data is None:
@@ -116,11 +116,11 @@ def _write_lists(part: Path, session: Session, stays: npt.NDArray[np.bool_], lab
     (part / "keep.txt").write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
     given = data.y.cpu().numpy()
     with (part / "drop.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
+        table = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
         table.writerow(["id", "label", "action", "new_label", "score", "flagged", "reason"])
         changed = np.flatnonzero(~stays | (labels != given))
         for row in changed[np.argsort(-session.table["score"].to_numpy()[changed], kind="stable")]:
             new = classes[labels[row]] if stays[row] else ""
             cells = [data.ids[row], classes[given[row]], "relabel" if stays[row] else "drop", new]
-            numbers = [f"{session.table['score'][row]:.6g}", bool(session.flagged[row])]
+            numbers = [float(f"{session.table['score'][row]:.6g}"), bool(session.flagged[row])]
             table.writerow([*map(csv_cell, cells), *numbers, csv_cell(session.table["reason"][row])])

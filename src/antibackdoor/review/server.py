@@ -7,6 +7,7 @@ JSON body of a few hundred bytes; row numbers are the only thing a request names
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import io
 import json
@@ -27,6 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from antibackdoor.errors import InputError
 from antibackdoor.report.pictures import HEIGHT, WIDTH, picture
@@ -37,6 +39,8 @@ from antibackdoor.review.session import Session
 
 HOST = "127.0.0.1"
 LARGEST_BODY = 2048
+PATIENCE = 10
+"""Seconds in which a connection must bring a whole request; 64 that never did would keep the user out."""
 STRIP = 12
 REFERENCES = 4
 MOST_CLASSES = 1000
@@ -323,11 +327,11 @@ def serve(
             access_log=False,  # it would keep the token
             server_header=False,
             limit_concurrency=64,
-            timeout_keep_alive=15,
+            timeout_keep_alive=PATIENCE,
             timeout_graceful_shutdown=2,
             h11_max_incomplete_event_size=16 * 1024,
             ws="none",
-            http="h11",
+            http=Impatient,
             lifespan="off",
         )
         server = _Server(config, lambda: ready(f"http://{HOST}:{own}/{token}/"), stop)
@@ -335,6 +339,38 @@ def serve(
     finally:
         sock.close()
         session.decisions.release()
+
+
+class Impatient(H11Protocol):
+    """Closes a connection that brings no whole request in time; the web server itself waits for ever for the first."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The first request is waited for from here on."""
+        super().connection_made(cast(asyncio.Transport, transport))
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        """And the next one from here on."""
+        super().on_response_complete()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(PATIENCE, self._give_up)
+
+    def _give_up(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        if not answering:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from antibackdoor.data.core import Data, Splits
-from antibackdoor.data.load import load
+from antibackdoor.data.load import at_hand, load
+from antibackdoor.data.series import Missing
 from antibackdoor.errors import InputError
-from antibackdoor.files import from_csv_cell, read_json
+from antibackdoor.files import from_csv_cell, read_object
+from antibackdoor.limits import read_table
 from antibackdoor.review.decisions import Decisions, Undecided, take_cleaned
+from antibackdoor.runs import refuse_links_out
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,9 @@ def open_session(folder: Path, splits: Splits | None = None, source: str | None 
     for name in ("config.json", "suspects.csv"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}: a review needs the folder of a finished run.")
+    refuse_links_out(folder)
     splits = splits or _read_again(folder, source)
-    wanted = read_json(folder / "config.json").get("data")
+    wanted = read_object(folder / "config.json").get("data")
     if splits.train.fingerprint() != wanted:
         raise InputError(
             f"these are not the data that the run in {folder} was made on (their content differs); "
@@ -63,34 +68,45 @@ def open_session(folder: Path, splits: Splits | None = None, source: str | None 
     return _join(folder, splits)
 
 
+class Told(BaseModel):
+    """`source.json`, as `load` told how it read the data; a run folder from elsewhere may tell anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: str
+    test: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    missing: Missing = "refuse"
+    skip_unreadable: bool = False
+    memory_map: bool | None = None
+    data_root: Path | None = None
+
+
 def _read_again(folder: Path, source: str | None) -> Splits:
-    told = read_json(folder / "source.json") if (folder / "source.json").is_file() else {}
-    told = told if isinstance(told, dict) else {}
-    source = source or told.get("source")
-    if not isinstance(source, str):
+    """The data from where the user says or, where they lie on this machine, from where the run read them."""
+    path = folder / "source.json"
+    given = read_object(path) if path.is_file() else {}
+    if source is None and given.get("source") is None:
         raise InputError(f"{folder} does not tell where its data are; name them with --data.")
-    known = {"test", "image_size", "missing", "skip_unreadable", "memory_map", "data_root"}
-    arguments: dict[str, Any] = {name: told[name] for name in known & told.keys()}
-    size, root = arguments.get("image_size"), arguments.get("data_root")
-    arguments |= {
-        "image_size": tuple(size) if isinstance(size, list) else size,
-        "data_root": Path(root) if isinstance(root, str) else None,
-    }
-    return load(source, **arguments)
+    try:
+        told = Told.model_validate_json(json.dumps({**given, "source": source or given.get("source")}))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InputError(f"{path} does not tell how to read the data: {wrong['loc'][0]}: {wrong['msg']}.") from None
+    if source is None and not at_hand(told.source, told.data_root):
+        raise InputError(f"the data of {folder} are not here any more ({told.source}); name them with --data.")
+    return load(told.source, **{name: value for name, value in told if name != "source"})
 
 
 def _join(folder: Path, splits: Splits) -> Session:
     """Suspects and data, row by row; ids must be the same ones."""
     path, data = folder / "suspects.csv", splits.train
-    kinds = {"id": str, "label": str, "suggested_label": str, "reason": str, "flagged": str}
-    try:
-        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding_errors="surrogateescape")
-        table = table[["id", "label", "score", "flagged", "suggested_label", "reason"]]
-        for name in ("id", "label", "suggested_label", "reason"):
-            table[name] = table[name].map(from_csv_cell)
-        table["score"] = table["score"].astype("float64")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read {path}: {error}.") from None
+    text = ["id", "label", "suggested_label", "reason"]
+    columns = [*text, "score", "flagged"]
+    kinds = {**dict.fromkeys([*text, "flagged"], str), "score": "float64"}
+    table = read_table(path, kinds, usecols=columns, encoding_errors="surrogateescape")
+    for name in text:
+        table[name] = table[name].map(from_csv_cell)
     rows = pd.Index(data.ids).get_indexer(pd.Index(table["id"]))
     if len(table) != len(data) or (rows < 0).any() or len(np.unique(rows)) != len(data):
         raise InputError(f"{path} does not name the samples of this data set, each once.")
