@@ -2,8 +2,10 @@
 
 Each target runs in a process of its own, in turns. The parent starts it again where it dies, keeps the input that it
 died of, and counts. Guided by coverage where `atheris` is installed, else by blind mutation of the corpus. In both
-cases an input may take five seconds, and a process one GiB beyond what it had before the first. Counts are added to
-those that FILE.json holds already; inputs that broke something stay in the folder `--work`.
+cases an input may take five seconds, and a process one GiB beyond what it had before the first; that there was no more
+counts as broken, also where a reader made a sentence of it. The parent ends a target that stands still. Counts are
+added to those that FILE.json holds already; inputs that broke something stay in the folder `--work`. Where anything
+broke, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SECONDS, BYTES, LONGEST = 5, 2**30, 2**16
+SECONDS, BYTES, LONGEST, PATIENCE = 5, 2**30, 2**16, 60
+"""Of computing for an input; beyond what a process had; of an input; seconds for one in which nothing is computed."""
+TEXTS = {"arff", "manifest", "review", "run_history", "run_suspects", "ts", "tsv", "truth"}
+LONG = 2**20
+"""Bytes of an input for readers of text, which grow with its lines."""
 TOKENS = [
     b"\x00",
     b"\xff" * 4,
@@ -54,8 +60,13 @@ TOKENS = [
 ]
 
 
-def mutated(seeds: list[bytes], rng: random.Random) -> bytes:
-    """A seed with some of its bytes changed, cut, doubled, or taken from another seed."""
+def longest(target: str) -> int:
+    """Bytes of an input for a target."""
+    return LONG if target in TEXTS else LONGEST
+
+
+def mutated(seeds: list[bytes], rng: random.Random, limit: int = LONGEST) -> bytes:
+    """A seed with some of its bytes changed, cut, repeated (up to `limit` bytes), or taken from another seed."""
     out = bytearray(rng.choice(seeds))
     for _ in range(rng.choice([1, 1, 2, 3, 8])):
         place, size = rng.randrange(len(out) + 1), rng.choice([1, 1, 2, 4, 16, 64])
@@ -67,7 +78,8 @@ def mutated(seeds: list[bytes], rng: random.Random) -> bytes:
             case 2:
                 del out[place : place + size]
             case 3:
-                out[place:place] = out[place : place + size] * rng.choice([1, 2, 30])
+                often = limit // size if rng.random() < 0.02 else rng.choice([1, 2, 30])
+                out[place:place] = out[place : place + size] * often
             case 4:
                 out[place:place] = rng.choice(TOKENS)
             case 5:
@@ -76,12 +88,21 @@ def mutated(seeds: list[bytes], rng: random.Random) -> bytes:
                 other = rng.choice(seeds)
                 start = rng.randrange(len(other) + 1)
                 out[place : place + size] = other[start : start + size * 4]
-    return bytes(out[:LONGEST])
+    return bytes(out[:limit])
 
 
 def seeds_of(target: str) -> list[bytes]:
     """The corpus of a target; `damaged` files once broke it."""
     return [path.read_bytes() for path in sorted((HERE / "corpus" / target).iterdir())]
+
+
+def short_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one behind it, says that there is no memory left."""
+    while error is not None:
+        if isinstance(error, MemoryError) or re.search(r"out of memory|unable to allocate", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Hang(BaseException):
@@ -96,6 +117,8 @@ class Counted:
 
         self.call, self.folder, self.executions, self.found = TARGETS[target], folder, 0, dict[str, str]()
         self.slowest, self.refused, self.told = 0.0, 0, time.monotonic()
+        if "pyarrow" in sys.modules:  # its own way is to reserve a GiB at its first use
+            sys.modules["pyarrow"].set_memory_pool(sys.modules["pyarrow"].system_memory_pool())
         status = Path("/proc/self/status").read_text()
         now = int(re.findall(r"VmData:\s+(\d+)", status)[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (now + BYTES, resource.RLIM_INFINITY))
@@ -118,6 +141,8 @@ class Counted:
                 self.call(content)
         except InputError as error:
             self.refused += 1
+            if short_of_memory(error):
+                self._note(f"no memory left: {error!s:.80}", content)
             if not str(error).isprintable():
                 self._note("a sentence that is not one visible line", content)
         except (Hang, Exception) as error:
@@ -169,14 +194,16 @@ def child(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> N
         kept.mkdir(exist_ok=True)
         for number, content in enumerate(seeds):
             (kept / f"seed-{number}").write_bytes(content)
-        arguments = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", f"-seed={seed}", "-rss_limit_mb=0"]
+        for number in range(4 if target in TEXTS else 0):
+            (kept / f"long-{number}").write_bytes(random.Random(seed).choice(seeds) * (4**number * 100))
+        arguments = [f"-max_total_time={seconds}", f"-max_len={longest(target)}", f"-seed={seed}", "-rss_limit_mb=0"]
         atheris.Setup([target, *arguments, "-timeout=600", "-verbosity=0", str(kept)], counted)
         atheris.Fuzz()  # does not come back
     rng, end = random.Random(seed), time.monotonic() + seconds
     for content in seeds:
         counted(content)
     while time.monotonic() < end:
-        counted(mutated(seeds, rng))
+        counted(mutated(seeds, rng, longest(target)))
     counted.tell()
 
 
@@ -193,13 +220,29 @@ def fuzz(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> tu
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-        _, status, usage = os.wait4(pid, 0)
+        status, usage, stood = waited(pid, folder / "current")
         spent += usage.ru_utime + usage.ru_stime
-        if status != 0:
+        if status != 0 or stood:
             name = f"died-{pid}"
-            shutil.copyfile(folder / "current", folder / name)
-            deaths.append(f"status {status}, {name}: {(folder / 'stderr').read_text(errors='replace')[-200:]}")
+            if (folder / "current").exists():
+                shutil.copyfile(folder / "current", folder / name)
+            said = (folder / "stderr").read_text(errors="replace")[-200:] if (folder / "stderr").exists() else ""
+            deaths.append(f"status {status}, {name}: {f'it stood still for {PATIENCE} s' if stood else said}")
     return deaths, spent
+
+
+def waited(pid: int, current: Path) -> tuple[int, resource.struct_rusage, bool]:
+    """How a process ended and what it cost; one that has had the same input for too long is ended (the last part)."""
+    begun, stood = time.time(), False
+    while True:
+        ended, status, usage = os.wait4(pid, 0 if stood else os.WNOHANG)
+        if ended:
+            return status, usage, stood
+        last = current.stat().st_mtime if current.exists() else begun
+        if time.time() - max(begun, last) > PATIENCE:
+            stood = True
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def numbers(target: str, folder: Path, before: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +261,11 @@ def numbers(target: str, folder: Path, before: dict[str, Any]) -> dict[str, Any]
 
 NOTHING = {"executions": 0, "refused": 0, "slowest_seconds": 0, "most_growth_mib": 0, "found": []}
 NOTHING |= {"cpu_seconds": 0, "deaths": []}
+
+
+def broken(row: dict[str, Any]) -> int:
+    """How many things broke in a target."""
+    return len(row["found"]) + len(row["deaths"]) + (row["most_growth_mib"] > BYTES // 2**20)
 
 
 def main() -> None:
@@ -243,7 +291,7 @@ def main() -> None:
     deaths = {name: list(row["deaths"]) for name, row in before.items()}
     spent = {name: float(row["cpu_seconds"]) for name, row in before.items()}
     end, turn = time.monotonic() + given.seconds, 0
-    while time.monotonic() < end:
+    while turn == 0 or time.monotonic() < end:
         name, seed = names[turn % len(names)], given.seed + 1000 * turn
         died, cost = fuzz(name, given.work / name, given.turn, seed, guided)
         deaths[name], spent[name], turn = deaths[name] + died, spent[name] + cost, turn + 1
@@ -255,12 +303,13 @@ def main() -> None:
             "engine": "atheris (libFuzzer, guided by coverage)" if guided else "blind mutation",
             "executions": sum(row["executions"] for row in rows),
             "cpu_seconds": round(sum(spent.values())),
-            "broken": sum(len(row["found"]) + len(row["deaths"]) for row in rows),
+            "broken": sum(broken(row) for row in rows),
             "targets": rows,
         }
         if given.out:
             given.out.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))
+    sys.exit(1 if told["broken"] else 0)
 
 
 def prepare(guided: bool) -> None:

@@ -1,4 +1,7 @@
-"""Writes the honest part of the corpus: a small file or two of every format, as the package or its peers write them."""
+"""Writes the corpus: a small file or two of every format, as the package or its peers write them, and `damaged` ones.
+
+Each of those once led a reader to take memory or time that its bytes are not worth, or to raise what is no sentence.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 import json
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +60,8 @@ def main() -> None:
     images_and_series()
     containers()
     documents()
+    folders_and_runs()
+    damaged()
 
 
 def images_and_series() -> None:
@@ -207,6 +213,93 @@ def documents() -> None:
     gallery = io.BytesIO()
     np.savez(gallery, ids=np.array(["a/0.png", "=b"]), x=PIXELS.transpose(0, 2, 3, 1))
     seed("run_gallery", "plain", gallery.getvalue())
+
+
+def archive(*members: tuple[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip archive, the same in every year."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", method) as out:
+        for name, content in members:
+            out.writestr(zipfile.ZipInfo(name), content, method)
+    return sink.getvalue()
+
+
+def folders_and_runs() -> None:
+    """What lies beside the data and in folders: listings, decisions, records."""
+    png = image("PNG")
+    seed("folder", "classes", archive(("a/0.png", png), ("b/0.png", png), ("b/note.txt", b"x")))
+    seed("folder", "splits", archive(("train/a/0.png", png), ("train/b/0.jpg", image("JPEG")), ("test/a/0.png", png)))
+    seed("folder", "strange", archive(("train/0.png", png), ("a.npy", b"x"), ("state.json", b"{}")))
+    seed("pack", "plain", '{"size": [4, 4], "counts": [2], "bad": [{}]}')
+    seed("saved_state", "plain", '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": null}')
+    seed("saved_splits", "plain", '{"splits": ["train"]}')
+    seed("run_config", "plain", '{"data": "0123456789abcdef", "defense": "none", "seed": 0}')
+    told = '"image_size": [4, 4], "missing": "zero", "skip_unreadable": true, "memory_map": false, "data_root": "/x"}'
+    seed("run_source", "plain", '{"source": "data", "test": null, ' + told)
+    seed("run_source", "test", '{"source": "data", "test": "data", ' + told)
+    lines = ['{"id": "a/0.png", "decision": "drop"}', '{"id": "=b", "decision": "relabel", "label": "x"}']
+    seed("review", "plain", "".join(line + "\n" for line in lines))
+    maps = {name: np.ones((2, 3), np.float32) for name in ("suspects", "trusted")}
+    maps |= {f"{name}_mean": np.ones((2, 3, 3), np.float32) for name in ("suspects", "trusted")}
+    told = {"label": np.array("x"), "witness": np.array("second head"), "n": np.array(4)}
+    seed("run_attention", "plain", archive(*((f"{k}.npy", array(v)) for k, v in {**maps, **told}.items())))
+    share = {"value": 0.5, "count": 1, "n": 2}
+    cell = {"data": "digits", "attack": "badnets", "attack_options": {"rate": 0.1}, "defense": "none", "model": "m"}
+    measures = {"clean_accuracy": share, "attack_success_rate": share, "poisoned_samples": {"count": 1, "n": 2}}
+    measures |= {"detection": {"flagged_precision": share}, "partitions": [{"epoch": 0, "precision_clean_set": share}]}
+    record = {"cell": {**cell, "seed": 0, "defense_changes": {}}, "measures": measures, "cost": {"seconds": 1.5}}
+    seed("ledger", "plain", json.dumps(record))
+
+
+def damaged() -> None:
+    """Files that once broke a reader."""
+
+    def hollow(kind: str, shape: str) -> bytes:
+        text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".ljust(69) + "\n"
+        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+    x, y = array(np.zeros((4, 4, 4, 3), np.uint8)), array(np.array([0, 1, 0, 1]))
+    honest = (("x.npy", x), ("y.npy", y))
+    seed("npz", "damaged-rows", archive(("x.npy", hollow("|u1", "(20000000, 0)")), ("y.npy", y)))
+    seed("npz", "damaged-ids", archive(*honest, ("ids.npy", hollow("<U0", "(20000000,)"))))
+    seed("npz", "damaged-classes", archive(*honest, ("classes.npy", hollow("<U0", "(20000000,)"))))
+    many = array(np.zeros(20_000_000, np.uint8))
+    seed("npz", "damaged-labels", archive(("x.npy", x), ("y.npy", many), method=zipfile.ZIP_DEFLATED))
+    seed("npy", "damaged", hollow("|u1", "(20000000, 0)"))
+    kind, count = pa.list_(pa.float32(), 0), 5_000_000
+    lists = pa.Array.from_buffers(kind, count, [None], children=[pa.array([], pa.float32())])
+    table, sink = pa.table({"series": lists, "label": pa.nulls(count)}), io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    seed("arrow", "damaged-lists", sink.getvalue())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"series": pa.array([np.zeros(20_000_000)]), "label": [0]}), sink, compression="zstd")
+    seed("parquet", "damaged-zeros", sink.getvalue())
+    scans = image("JPEG", progressive=True)
+    last = scans[scans.rindex(b"\xff\xda") : -2]
+    seed("jpeg", "damaged-scans", scans[:-2] + last * 2000 + scans[-2:])
+    seed("tsv", "damaged-wide", "".join(f"{k}" + "\t1" * 15_000 + "\n" for k in (1, 2)))
+    head = "@problemName p\n@timeStamps false\n@univariate false\n@equalLength false\n@classLabel true a b\n@data\n"
+    seed("ts", "damaged-channels", head + "1," * 10_000 + "1" + ":1" * 10_000 + ":a\n")
+    seed("ts", "damaged-label", head + "1:" + "a" * 4000 + "\n" + "1:b\n" * 5000)
+    head = "@relation r\n@attribute a numeric\n@attribute c {x,y}\n@data\n"
+    seed("arff", "damaged-lines", head + "1," * 10_000 + "x\n" + "1,x\n" * 2000)
+    seed("manifest", "damaged-columns", "path,label" + ",x" * 10_000 + "\n" + "a.png,x\n" * 2000)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as out:
+        for key in range(4):
+            told = tarfile.TarInfo(f"{key}.npy")
+            told.pax_headers = {"GNU.sparse.size": "60000000", "GNU.sparse.map": "0,0", "GNU.sparse.numblocks": "1"}
+            out.addfile(told)
+    seed("tar", "damaged-holes", buffer.getvalue().rstrip(b"\0") + bytes(1024))
+    seed("review", "damaged-depth", "[" * 60_000 + "\n")
+    seed("run_config", "damaged-list", "[]")
+    seed("run_source", "damaged-test", '{"source": "data", "test": 5}')
+    seed("pack", "damaged-list", "[]")
+    seed("pack", "damaged-size", '{"size": ["a", 1], "counts": [2], "bad": [{}]}')
+    seed("pack", "damaged-rows", '{"size": [4, 4], "counts": [2], "bad": [{"99": "x"}]}')
+    seed("ledger", "damaged-number", "3")
+    seed("ledger", "damaged-cell", '{"measures": {}}')
 
 
 if __name__ == "__main__":

@@ -6,17 +6,22 @@ A reader of containers gets its bytes with the checksums mended, so that mutatio
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from PIL import Image
 
+from antibackdoor.bench.declared import tables_text
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.data.core import Data, Spec
 from antibackdoor.data.images import decode_image
@@ -27,6 +32,8 @@ from antibackdoor.files import load_state, read_json
 from antibackdoor.models.pretrained import read_weights
 from antibackdoor.report.page import render
 from antibackdoor.report.run import read_run
+from antibackdoor.review.decisions import Decisions
+from antibackdoor.review.session import open_session
 from antibackdoor.runs import load_model
 from antibackdoor.settings import read_settings
 
@@ -81,14 +88,96 @@ def npz(content: bytes, name: str = "x.npy") -> Path:
     return SCRATCH / "array.npz"
 
 
+def pictures(*names: str) -> None:
+    """Images at these places."""
+    for shade, name in enumerate(names):
+        path = SCRATCH / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (shade, 0, 0)).save(path)
+
+
 def manifest(content: bytes) -> None:
     """Beside two images."""
-    for name, shade in (("a.png", 10), ("b.png", 200)):
-        path = SCRATCH / "listed" / name
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (4, 4), (shade, 0, 0)).save(path)
+    pictures("listed/a.png", "listed/b.png")
     load(file("listed/list.csv", content))
+
+
+def folder(content: bytes) -> None:
+    """A folder with the names and files of an archive."""
+    root = SCRATCH / "folder"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for member in archive.infolist()[:20]:
+                place = root / PurePosixPath(member.filename)
+                if ".." not in place.parts and place.is_relative_to(root) and member.file_size < 2**20:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(archive.read(member))
+    except Exception:
+        pass  # of the archive, or of a name that the system does not take: what is there is what is read
+    load(root)
+
+
+def pack(content: bytes) -> None:
+    """What is told of decoded images that were kept."""
+    pictures("packed/a/0.png", "packed/b/0.png")
+    with patch.dict(os.environ, ANTIBACKDOOR_CACHE=str(SCRATCH / "cache")):
+        for _ in range(2):
+            load(SCRATCH / "packed", memory_map=True)
+            for card in SCRATCH.rglob("pack.json"):
+                card.write_bytes(content)
+
+
+def saved(name: str) -> Callable[[bytes], object]:
+    """A file of a folder that `save_to_disk` wrote."""
+
+    def target(content: bytes) -> None:
+        honest = {path.name: path.read_bytes() for path in (CORPUS / "arrow").glob("series-stream")}
+        file(f"{name}/train/data-00000-of-00001.arrow", honest["series-stream"])
+        file(f"{name}/train/state.json", (CORPUS / "saved_state" / "plain").read_bytes())
+        file(f"{name}/dataset_dict.json", b'{"splits": ["train"]}')
+        file(f"{name}/{'train/' if name == 'state.json' else ''}{name}", content)
+        load(SCRATCH / name)
+
+    return target
+
+
+def decisions(content: bytes) -> None:
+    """What somebody decided about samples."""
+    data = Data(
+        torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
+        torch.tensor([0, 1]),
+        Spec("image", (1, 2, 2), ("x", "y")),
+        ["a/0.png", "=b"],
+    )
+    Decisions(file("review/review.jsonl", content).parent, data)
+
+
+def reviewed(name: str) -> Callable[[bytes], object]:
+    """A file of a run that says on which data it was made and where they are; of paths only those of ours are read."""
+
+    def target(content: bytes) -> None:
+        pictures("data/x/0.png", "data/y/0.png")
+        splits = load(SCRATCH / "data")
+        honest = {"source": str(SCRATCH / "data"), "test": None, "image_size": None, "missing": "refuse"}
+        if name == "source.json":
+            try:
+                told = json.loads(content)
+            except (ValueError, RecursionError):
+                told = None
+            if isinstance(told, dict):
+                paths = {key: str(SCRATCH / "data") for key in ("source", "test") if isinstance(told.get(key), str)}
+                content = json.dumps({**told, **paths}).encode()
+        rows = "".join(f'"{row}","x",1.0,0.5,True,"",""\n' for row in splits.train.ids)
+        file(f"{name}/suspects.csv", b"id,label,score,probability,flagged,suggested_label,reason\n" + rows.encode())
+        file(f"{name}/config.json", json.dumps({"data": splits.train.fingerprint()}).encode())
+        file(f"{name}/source.json", json.dumps(honest).encode())
+        with patch.dict(os.environ, ANTIBACKDOOR_CACHE=str(SCRATCH / "cache")):
+            open_session(file(f"{name}/{name}", content).parent)
+
+    return target
 
 
 def card(content: bytes) -> None:
@@ -104,9 +193,8 @@ def run_file(name: str) -> Callable[[bytes], object]:
     def target(content: bytes) -> None:
         for other in ("verdict.json", "suspects.csv", "metrics.json", "history.jsonl"):
             honest = next((CORPUS / f"run_{other.partition('.')[0]}").iterdir()).read_bytes()
-            file(f"run-{name}/{other}", content if other == name else honest)
-        if name == "gallery.npz":
-            file(f"run-{name}/{name}", content)
+            file(f"run-{name}/{other}", honest)
+        file(f"run-{name}/{name}", content)
         render(read_run(SCRATCH / f"run-{name}"))
         if name == "suspects.csv":
             read_suspects(SCRATCH / f"run-{name}")
@@ -116,8 +204,6 @@ def run_file(name: str) -> Callable[[bytes], object]:
 
 def truth(content: bytes) -> None:
     """The table of an experiment."""
-    import torch
-
     spec = Spec("image", (1, 2, 2), ("a", "b"))
     data = Data(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), spec, ["0", "1"])
     read_truth(file("truth.csv", content), data)
@@ -160,4 +246,13 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "run_suspects": run_file("suspects.csv"),
     "run_history": run_file("history.jsonl"),
     "run_gallery": run_file("gallery.npz"),
+    "run_attention": run_file("attention.npz"),
+    "run_config": reviewed("config.json"),
+    "run_source": reviewed("source.json"),
+    "review": decisions,
+    "folder": folder,
+    "pack": pack,
+    "saved_state": saved("state.json"),
+    "saved_splits": saved("dataset_dict.json"),
+    "ledger": lambda content: tables_text(None, file("ledger/cell.json", content).parent, "markdown"),
 }

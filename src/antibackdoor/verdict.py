@@ -73,7 +73,7 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
     way = {name: _way(found, evidence["limits"]) for name, found in findings.items()}
     targets = [name for name, found in findings.items() if found["attacked"]]
     shown = targets or [max(way, key=lambda name: way[name])]
-    sentences = [sentence for name in shown for sentence in _told(name, findings[name], evidence["limits"])]
+    sentences = [sentence for name in shown for sentence in told_of(name, findings[name], evidence["limits"])]
     most = max(way[name] for name in shown)
     if not targets:
         return Verdict(False, round(0.9 - 0.4 * min(1.0, most), 3), [], 0.0, sentences)
@@ -91,33 +91,37 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     return max(beyond_doubt, heard if found["n"] else 0.0)
 
 
-def _told(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
-    """What was found about one class."""
-    told = []
+def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    """What was found about one class: what it means first, the numbers in brackets."""
+    told, apart = [], f" ({found['apart']} are set apart)" if found["apart"] else ""
     if found["bond"] >= limits["bond"]:
         told.append(
-            f"Samples labeled {name!r} fall into two groups: averaged with samples of other classes, some are still "
-            f"taken for {name!r} and some are not. A mark that survives this ties these to the label, not what they "
-            "show."
+            f"Something other than what they show ties some samples to the label {name!r}{apart}: averaged with "
+            f"samples of other classes they are still taken for {name!r}, and the others of the class are not."
         )
     if found["division"] >= limits["division"]:
         told.append(
-            f"Samples labeled {name!r} fall into two groups for models that never saw this label: some look to them "
-            "like one of the other classes, and some do not."
+            f"Some samples labeled {name!r} look like samples of another class{apart}: models that never saw this "
+            "label are sure of another for them, and not for the others of the class."
         )
-    if found["apart"]:
-        told.append(f"{found['apart']} samples are set apart by that.")
     if found["n"]:
-        told.append(
-            f"Of {found['n']} samples labeled {name!r} that it was not shown, a model that learned from trusted "
-            f"samples takes {found['count']} for other classes, with confidence."
-        )
-    if found["count"]:
-        told.append(
-            f"Half of these were learned earlier than {found['early']:.0%} of all samples; clean ones that look like "
-            f"another class come late. What they are taken for differs by {found['alike']:.0%} from all other classes; "
-            "clean ones of a rare kind are taken for one class only, poison comes from everywhere."
-        )
+        counts = f"({found['count']} of the {found['n']} that it was not shown)"
+        if lower(found["count"], found["n"]) <= limits["acquittal"]:
+            told.append(
+                f"A model that learned from trusted samples takes few samples labeled {name!r} for other classes, as "
+                f"in clean data {counts}."
+            )
+        else:
+            early, mixed = found["early"] > 0.5, found["alike"] < limits["alike"]
+            told += [
+                f"A model that learned from trusted samples takes more samples labeled {name!r} for other classes, "
+                f"with confidence, than mistakes explain {counts}.",
+                f"They were learned {'early, as poison is' if early else 'late, as odd but clean samples are'} (half "
+                f"of them earlier than {found['early']:.0%} of all samples; more than 50% is early).",
+                f"They look like {'many classes, as poison does' if mixed else 'one class, as a rare kind does'} (what "
+                f"they are taken for is {found['alike']:.0%} off the mix of all other classes; "
+                f"{limits['alike']:.0%} or more is one kind).",
+            ]
     return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
 
 

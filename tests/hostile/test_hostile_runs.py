@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from antibackdoor.bench.declared import tables_text
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.data.core import Spec
 from antibackdoor.exports import read_suspects
@@ -62,8 +63,8 @@ CARDS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "another number of classes": ({"classes": ["a", "b", "c"]}, "weights have other names or shapes"),
     "classes of one name": ({"classes": ["a", "a"]}, "classes of different names"),
     "100,001 classes": ({"classes": [str(k) for k in range(100_001)]}, "classes of different names"),
-    "range of NaN": ('{"low": NaN}', "low"),
-    "range without end": ('{"high": Infinity}', "high"),
+    "range of NaN": ('{"low": NaN}', "not a model card: low"),
+    "range without end": ('{"high": Infinity}', "not a model card: high"),
     "range upside down": ({"low": 2.0, "high": 1.0}, "low is above high"),
     "images for series": ({"kind": "series", "shape": [3, 8]}, "weights have other names or shapes"),
 }
@@ -279,20 +280,23 @@ GRIDS: dict[str, tuple[str | bytes, str]] = {
     "lists that are numbers": ("[[cells]]\ndata = 3", "must be a list"),
     "entries without a name": ("[[cells]]\ndata = [{label = 'a'}]", "needs a `name`"),
     "entries of lists": ("[[cells]]\ndata = [[['a']]]", "data: an entry needs a `name`"),
-    "options that are text": ("[[cells]]\ndata = ['digits']\nattacks = [{name = 'badnets', options = 'x'}]", "options"),
+    "options that are text": (
+        "[[cells]]\ndata = ['digits']\nattacks = [{name = 'badnets', options = 'x'}]",
+        "attacks: options must be a",
+    ),
     "shared options that are text": (
         "[[cells]]\ndata = ['digits']\nattacks = ['badnets']\nattack_options = 'x'",
-        "options",
+        "attack_options must be a table",
     ),
-    "seeds that are dates": ("[[cells]]\ndata = ['digits']\nseeds = [2020-01-01]", "seed"),
-    "epochs without end": ("[[cells]]\ndata = ['digits']\nepochs = inf", "epochs"),
+    "seeds that are dates": ("[[cells]]\ndata = ['digits']\nseeds = [2020-01-01]", "seeds: an entry needs a `name`"),
+    "epochs without end": ("[[cells]]\ndata = ['digits']\nepochs = inf", "epochs=inf is not valid"),
     "override of nothing": (
         "[[cells]]\ndata = ['digits']\n[[override]]\nset = 3",
         "override, where must be a table of keys and values",
     ),
     "override with text for options": (
         "[[cells]]\ndata = ['digits']\n[[override]]\nwhere = {data = 'digits'}\nset = {epochs = {a = 1}}",
-        "epochs",
+        "epochs=.* is not valid",
     ),
     "exclusion without a reason": (
         "[[cells]]\ndata = ['digits']\n[[exclude]]\nwhere = {data = 'digits'}",
@@ -307,6 +311,28 @@ GRIDS: dict[str, tuple[str | bytes, str]] = {
 def test_hostile_grids(tmp_path: Path, case: str) -> None:
     text, sentence = GRIDS[case]
     refused(lambda: read_grid(written(tmp_path / "grid.toml", text)).cells(), sentence)
+
+
+CELL = '{"data": "d", "model": "m", "attack": "a", "attack_options": {}, "defense": "none", "seed": 0}'
+RECORDS: dict[str, tuple[str, str]] = {
+    "record that is a number": ("3", "cell.json should hold a JSON object, not int"),
+    "record without a cell": ('{"measures": {}}', "cell.json is no record of a cell: cell: Field required"),
+    "record with text for a rate": (
+        f'{{"cell": {CELL}, "measures": {{"clean_accuracy": {{"value": "x"}}}}}}',
+        "cell.json is no record of a cell: measures.clean_accuracy.value: ",
+    ),
+    "record with a rate without end": (
+        f'{{"cell": {CELL}, "measures": {{"clean_accuracy": {{"value": Infinity}}}}}}',
+        "measures.clean_accuracy.value: Input should be a finite number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_hostile_records(tmp_path: Path, case: str) -> None:
+    text, sentence = RECORDS[case]
+    written(tmp_path / "cell.json", text)
+    refused(lambda: tables_text(None, tmp_path, "markdown"), sentence)
 
 
 def test_json_that_is_endless_or_a_device(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import geometric, within
-from antibackdoor.verdict import decide
+from antibackdoor.verdict import decide, told_of
 
 
 def test_within_is_the_percentile_among_the_same_label() -> None:
@@ -193,6 +193,25 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
     verdict = decide(court.data, outcome)
     assert verdict.poisoned and verdict.target_classes == [court.data.spec.classes[1]]
     assert set(court.given[outcome.flagged].tolist()) <= {1}
+
+
+def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
+    limits = {"bond": 1.2, "division": 3.0, "acquittal": 0.03, "alike": 0.5}
+    calm = {"bond": 0.0, "division": 0.0, "apart": 0, "n": 40, "count": 1, "early": 0.9, "alike": 0.9}
+    few = told_of("x", calm, limits)
+    assert (
+        len(few) == 1
+        and "few samples labeled 'x'" in few[0]
+        and few[0].endswith("(1 of the 40 that it was not shown).")
+    )
+    many = told_of("x", calm | {"count": 20, "early": 0.6, "alike": 0.2}, limits)
+    assert "than mistakes explain (20 of the 40" in many[0]
+    assert many[1].startswith("They were learned early, as poison is (") and "60%" in many[1]
+    assert many[2].startswith("They look like many classes, as poison does (") and "20% off" in many[2]
+    clean = told_of("x", calm | {"count": 20, "early": 0.4, "alike": 0.8}, limits)
+    assert "late, as odd but clean" in clean[1] and "one class, as a rare kind does" in clean[2]
+    bound = told_of("x", calm | {"bond": 1.2, "division": 3.0, "apart": 7}, limits)
+    assert len(bound) == 3 and all("(7 are set apart)" in sentence for sentence in bound[:2])
 
 
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:

@@ -17,11 +17,12 @@ from toy_run import toy_run
 
 from antibackdoor.errors import InputError
 from antibackdoor.report import build_report
-from antibackdoor.report.figures import charts
+from antibackdoor.report.figures import FLAGGED, REST, charts, sketch
 from antibackdoor.report.looks import where_in_words
 from antibackdoor.report.pictures import picture
 from antibackdoor.report.run import read_run
 from antibackdoor.report.words import duration, measure, percent, plain
+from antibackdoor.threats import references
 
 OPTIONAL = ["metrics.json", "history.jsonl", "config.json", "env.json", "gallery.npz", "comparison.json", "data.json",
             "truth.csv", "attention.npz"]  # fmt: skip
@@ -69,12 +70,78 @@ def test_poisoned_run(tmp_path: Path, kind: str) -> None:
 
 def test_the_first_screen_proves_it(tmp_path: Path) -> None:
     page = read(toy_run(tmp_path, n=600))
-    assert "Very sure: confidence 97%" in page.text
+    assert "Very sure: confidence 97% (not calibrated)" in page.text
     assert "photos/from-the-web" in page.text and "cifar10" in page.text.split("Details")[-1]
     assert "suspects: strongest at the bottom right; half of it lies on 0.5% of the image" in page.text
     assert "trusted samples: spread over the image" in page.text
     series = read(toy_run(tmp_path / "series", "series", n=600))
     assert "strongest around step 402 of 900 of channel 1; half of it lies on 0.1% of the series" in series.text
+
+
+def test_the_finding_is_named_as_elsewhere(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=60)
+    page = read(folder)
+    for entry in references(True):
+        assert entry["id"] in page.text and entry["name"] in page.text and entry["why"] in page.text
+    (folder / "verdict.json").write_text('{"poisoned": true, "references": ["AML", {"id": "X-1"}, 3]}')
+    assert "X-1" in read(folder).text
+    (folder / "verdict.json").write_text('{"poisoned": true}')
+    assert "Findings elsewhere" not in read(folder).text
+
+
+def test_no_number_is_sold_as_a_chance(tmp_path: Path) -> None:
+    text = read(toy_run(tmp_path, n=60)).text
+    assert "estimated chance" not in text and text.count("calibrated") >= 3
+    cut = read_run(tmp_path).suspects.cut
+    assert f"{cut:.3g} is the lowest that was flagged" in text
+
+
+def test_a_reason_is_told_once_though_single_cards_have_another(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=600)
+    table = (folder / "suspects.csv").read_text()
+    reason = "learned in the first epoch and kept by the shallow head"
+    (folder / "suspects.csv").write_text(table.replace(reason, "something else", 1))
+    page = read(folder)
+    assert page.text.count(reason) == 1 and page.text.count("something else") == 1
+
+
+def test_the_sketch_was_not_told_the_truth(tmp_path: Path) -> None:
+    suspects = read_run(toy_run(tmp_path, n=600)).suspects
+    assert suspects.truth is not None
+    assert set(re.findall(r'fill="(.*?)"', sketch(suspects))) == {REST, FLAGGED}
+    assert "heights logarithmic" in read(tmp_path).text
+
+
+def test_the_header_names_the_end_of_a_long_path(tmp_path: Path) -> None:
+    folder = toy_run(tmp_path, n=60)
+    for given, shown in (
+        ("/a/long/way/set/data.npz", "set/data.npz"),
+        ("C:\\a\\b\\set", "b/set"),
+        ("cifar10", "cifar10"),
+    ):
+        (folder / "data.json").write_text(json.dumps({"name": given}))
+        page = read(folder)
+        assert shown in page.text.split("Evidence")[0] and given in page.text
+
+
+def test_stages_of_one_kind_are_one_band(tmp_path: Path) -> None:
+    stages = [("trap", 20), *((f"outsider {k}", 4) for k in range(10)), ("training", 30), ("x", 1)]
+    rows = [{"stage": name, "epoch": e, "witness_loss": 1.0} for name, length in stages for e in range(length)]
+    folder = toy_run(tmp_path, n=60)
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chart = {chart.key: chart for chart in charts(read_run(folder))}["losses"]
+    assert "trap (20), outsider 0 to 9 (40), training (30), x (1). The trap is" in chart.caption
+    assert "Each outsider is" in chart.caption and "more" not in chart.caption
+    layout = chart.figure["layout"]
+    assert [(note["text"], note["yanchor"]) for note in layout["annotations"]] == [
+        ("trap", "bottom"),
+        ("outsider 0 to 9", "bottom"),
+        ("training", "bottom"),
+    ], "a band too narrow for its name has none, and no name lies on the curves"
+    assert len(layout["shapes"]) == 4
+    many = [{"stage": letter, "epoch": 1, "main_loss": 1.0} for letter in "abcdefghijkl"]
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    assert "g (1), h (1) and 4 more." in {c.key: c for c in charts(read_run(folder))}["losses"].caption
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from antibackdoor.threats import references
+
 IMAGE_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SERIES_CLASSES = ["walking", "running", "resting", "cycling"]
 
@@ -47,8 +49,9 @@ def toy_run(folder: Path, kind: str = "image", n: int = 10_000, poisoned: bool =
     _json(folder / "config.json", _config(kind))
     _json(folder / "env.json", {"python": "3.12.4", "torch": "2.7.0", "device": "cpu", "commit": "1f0c2ab"})
     if poisoned:
-        undefended = {"name": "no defense", "clean_accuracy": 0.812, "attack_success_rate": 0.998}
-        rows = [undefended, {"name": "auto", "clean_accuracy": 0.7913, "attack_success_rate": 0.012}]
+        keys = ("clean_accuracy", "attack_success_rate", "excess_attack_success_rate", "recovery_accuracy")
+        values = {"no defense": (0.812, 0.998, 0.99, 0.01), "auto": (0.7913, 0.012, 0.002, 0.78)}
+        rows = [{"name": name, **dict(zip(keys, shares, strict=True))} for name, shares in values.items()]
         _json(folder / "comparison.json", {"rows": rows})
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _history()))
     (folder / "model.safetensors").write_bytes(b"")
@@ -81,6 +84,7 @@ def _verdict(poisoned: bool, target: str) -> dict[str, Any]:
             "target_classes": [],
             "estimated_rate": 0.0,
             "evidence": evidence,
+            "references": references(False),
         }
     evidence = [
         f"Of the 100 most suspicious samples, 97 are labeled {target}; chance would give 10.",
@@ -93,6 +97,7 @@ def _verdict(poisoned: bool, target: str) -> dict[str, Any]:
         "target_classes": [target],
         "estimated_rate": 0.091,
         "evidence": evidence,
+        "references": references(True),
     }
 
 

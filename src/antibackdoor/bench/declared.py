@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 
 from antibackdoor.bench.grid import NEEDS_GPU, Grid, Place
-from antibackdoor.bench.ledger import Ledger, Record, read_ledger
+from antibackdoor.bench.ledger import Ledger, Record, checked, read_ledger
 from antibackdoor.bench.tables import Format, detection_table, gate, render, table
 from antibackdoor.errors import InputError, unknown
 
@@ -101,7 +101,7 @@ class Results:
 
     def __init__(self, folder: Path):
         self.ledger, self._undefended = Ledger(folder), dict[str, list[Record]]()
-        self.records = read_ledger(folder)
+        self.records = checked(read_ledger(folder))
         for record in self.records.values():
             if record["cell"]["defense"] == "none" and not record["cell"].get("trace"):
                 self._undefended.setdefault(_attacked(record["cell"]), []).append(record)
@@ -319,7 +319,7 @@ def tidy(spec: Mapping[str, Any], figures: list[Figure]) -> pd.DataFrame:
 def tables_text(grid: Grid | None, folder: Path, form: Format) -> str:
     """The tables that a grid declares, with titles but for CSV; those of the whole ledger where it declares none."""
     if grid is None or not grid.tables:
-        records = list(read_ledger(folder).values())
+        records = list(checked(read_ledger(folder)).values())
         return "\n".join(render(frame, form) for frame in (table(records), detection_table(records)) if len(frame))
     results, parts = Results(folder), []
     for spec in grid.tables:

@@ -4,15 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from antibackdoor.files import lock, read_json, write_text
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
+from antibackdoor.errors import InputError
+from antibackdoor.files import lock, read_object, write_text
 
 Record = dict[str, Any]
+
+
+class _Cell(BaseModel):
+    data: str
+    model: str
+    attack: str
+    attack_options: dict[str, Any]
+    defense: str
+    defense_changes: dict[str, Any] | None = None
+    clean_share: FiniteFloat | None = None
+    seed: int
+
+
+class _Rate(BaseModel):
+    value: FiniteFloat | None
+
+
+class _Count(BaseModel):
+    count: int
+    n: int
+
+
+NONE = _Rate(value=None)
+
+
+class _Partition(BaseModel):
+    precision_clean_set: _Rate = NONE
+    precision_top_1_percent: _Rate = NONE
+    recall_isolated_set: _Rate = NONE
+    true_labels_recovered: _Rate = NONE
+
+
+class _Measures(BaseModel):
+    clean_accuracy: _Rate = NONE
+    attack_success_rate: _Rate = NONE
+    excess_attack_success_rate: _Rate = NONE
+    recovery_accuracy: _Rate = NONE
+    poisoned_samples: _Count = _Count(count=0, n=0)
+    detection: dict[str, _Rate] = {}
+    partitions: list[_Partition] = []
+
+
+class _Told(BaseModel):
+    """What tables read of a record; there may be more."""
+
+    cell: _Cell
+    measures: _Measures
 
 
 class Ledger:
@@ -51,7 +101,7 @@ class Ledger:
     def error(self, name: str) -> str | None:
         """What went wrong with a cell, where something did."""
         path = self._error(name)
-        return str(read_json(path)["error"]) if path.exists() else None
+        return str(read_object(path).get("error", "unknown")) if path.exists() else None
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -72,7 +122,21 @@ class Ledger:
 
 def read_ledger(folder: Path) -> dict[str, Record]:
     """All records under a ledger's folder by the name of their cell; one that lies in two places counts once."""
-    return {path.stem: record for path in _paths(folder) if "measures" in (record := read_json(path))}
+    return {path.stem: record for path in _paths(folder) if "measures" in (record := read_object(path))}
+
+
+def checked(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Records by name as they are; InputError where one is not what tables are made from."""
+    for name, record in records.items():
+        try:
+            _Told.model_validate(record)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            where = ".".join(map(str, wrong["loc"]))
+            raise InputError(
+                f"{name}.json is no record of a cell: {where}: {wrong['msg']}; mend or remove it."
+            ) from None
+    return dict(records)
 
 
 def _paths(folder: Path) -> list[Path]:

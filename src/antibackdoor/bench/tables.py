@@ -52,7 +52,7 @@ def detection_table(records: list[Record]) -> pd.DataFrame:
     """As the paper's Table II: the partition at the end of training; one row a group, over n seeds, in per cent."""
     rows = []
     for key, members in _groups(records).items():
-        split = [m for m in members if m["measures"].get("partitions") and m["measures"]["poisoned_samples"]["count"]]
+        split = [m for m in members if m["measures"].get("partitions") and _poisoned(m)]
         if not split:
             continue
         row = _labels(key)
@@ -61,7 +61,7 @@ def detection_table(records: list[Record]) -> pd.DataFrame:
             row[short] = _mean(_values(last, long))
         for long in ("flagged_precision", "flagged_recall"):
             row[long.replace("_", " ")] = _mean(
-                _values([{"measures": m["measures"]["detection"]} for m in split], long)
+                _values([{"measures": m["measures"].get("detection", {})} for m in split], long)
             )
         row["n"] = len(split)
         rows.append(row)
@@ -118,6 +118,10 @@ def _values(records: list[Record], measure: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
+def _poisoned(record: Record) -> int:
+    return int(record["measures"].get("poisoned_samples", {}).get("count", 0))
+
+
 def _variant(cell: Record) -> str:
     """The defense with the clean samples it was given and the settings that its cell changed: rows of their own."""
     changed = cell.get("defense_changes") or {}
@@ -138,5 +142,5 @@ def gate(undefended: list[Record], attack: str) -> str:
         return ""
     if not undefended:
         return "no undefended cell"
-    reached = statistics.mean(r["measures"]["attack_success_rate"]["value"] for r in undefended)
-    return "takes" if reached >= GATES.get(attack, GATE) else "attack did not take"
+    reached = _values(undefended, "attack_success_rate")
+    return "takes" if reached and statistics.mean(reached) >= GATES.get(attack, GATE) else "attack did not take"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, TypeAlias
 
@@ -19,6 +19,16 @@ BINS = 60
 CLASSES = 25
 FLAGGED, REST, MISSED, WRONGLY = "#e0672f", "#7c93ad", "#8b5cf6", "#e0b02f"
 LINES = ("#3b82c4", "#8b5cf6", "#2a9d8f", "#b7791f")
+STAGES = 8
+NARROWEST, LETTER = 280, 6
+"""Pixels between the axes of a chart on a phone, and of one letter of its text."""
+MEANINGS = {
+    "trap": "The trap is a shallow network that learns every sample as it is labeled; the trigger is easy for it.",
+    "outsider": "Each outsider is one that never sees some classes, and says what their samples look like to it.",
+    "warm-up": "In the warm-up, a second head on the shallow layers learns the easiest samples, poison among them.",
+}
+"""Kind of a stage -> what it is; other stages are called what they do."""
+LOSSES = {"main_loss": "model", "second_loss": "second head", "witness_loss": "trap and outsiders"}
 INK, GRID = "#808791", "rgba(128, 135, 145, 0.25)"  # mid-tones: readable on white and on black
 
 
@@ -74,8 +84,11 @@ def binned(suspects: Suspects) -> Bins | None:
 
 
 def sketch(suspects: Suspects) -> Markup:
-    """The histogram as bare shapes in a 300 x 150 box, the height of a bar by the logarithm of its count."""
-    bins = binned(suspects)
+    """The histogram as bare shapes in a 300 x 150 box, the height of a bar by the logarithm of its count.
+
+    In two colors, flagged and not: it stands beside the verdict, which was not told the truth either.
+    """
+    bins = binned(replace(suspects, truth=None))
     if bins is None:
         return Markup("")
     shapes, width = [], 300 / (len(bins.edges) - 1)
@@ -173,7 +186,7 @@ def _losses(history: list[dict[str, Any]]) -> Chart | None:
     epochs = list(range(1, len(history) + 1))
     traces = []
     for place, key in enumerate(keys):
-        name = name_of(key.removesuffix("_loss")).lower() + (" head" if key in ("main_loss", "second_loss") else "")
+        name = LOSSES.get(key, name_of(key.removesuffix("_loss")).lower())
         values = [_number(row.get(key)) for row in history]
         text = [
             f"{chart_text(row.get('stage', ''))}, epoch {chart_text(row.get('epoch', at))}"
@@ -188,20 +201,32 @@ def _losses(history: list[dict[str, Any]]) -> Chart | None:
     figure = _figure(traces, "epoch of the run", "loss")
     figure["layout"]["xaxis"] |= {"range": [0.5, len(history) + 0.5], "showgrid": False}
     shapes, notes, stages, start = [], [], [], 0
-    for place, (stage, rows) in enumerate(groupby(history, key=lambda row: str(row.get("stage", "")))):
-        length = len(list(rows))
+    # "outsider 0", "outsider 1" and so on are one band: ten names side by side cannot be read.
+    for place, (kind, rows) in enumerate(groupby(history, key=lambda row: _kind(row.get("stage", "")))):
+        numbered = [str(row.get("stage", "")) for row in rows]
+        length, first, last = len(numbered), numbered[0], numbered[-1]
+        stage = first if first == last else f"{first} to {last.removeprefix(kind).strip()}"
         band = {"type": "rect", "x0": start + 0.5, "x1": start + length + 0.5, "yref": "paper", "y0": 0, "y1": 1}
         fill = "rgba(128, 135, 145, 0.10)" if place % 2 else "rgba(0, 0, 0, 0)"
         shapes.append(band | {"layer": "below", "line": {"width": 0}, "fillcolor": fill})
-        note = _note(chart_text(stage, 24), start + 0.5, 1.0)
-        if length / len(history) < 0.2:  # too narrow for its name: write upwards, where a falling curve is not
-            note |= {"textangle": -90} | ({"y": 0.02, "yanchor": "bottom"} if start < len(history) / 2 else {})
-        notes.append(note)
-        stages.append(f"{plain(stage, 40)} ({length})")
+        label = chart_text(stage, 24)
+        if length / len(history) * NARROWEST >= LETTER * len(label):
+            notes.append(_note(label, start + 0.5, 1.0) | {"yanchor": "bottom"})  # above the curves
+        stages.append((stage, kind, length))
         start += length
     figure["layout"] |= {"shapes": shapes, "annotations": notes}
-    caption = f"Loss on the training samples, epoch by epoch. Stages and their epochs: {', '.join(stages[:8])}."
-    return Chart("losses", "Training", caption, figure)
+    figure["layout"]["legend"] |= {"y": 1.1}
+    figure["layout"]["margin"] |= {"t": 58}
+    listed = [f"{plain(stage, 40)} ({length})" for stage, _, length in stages[:STAGES]]
+    more = f" and {len(stages) - STAGES:,} more" if len(stages) > STAGES else ""
+    caption = f"Loss on the training samples, epoch by epoch. Stages and their epochs: {', '.join(listed)}{more}."
+    meant = [MEANINGS[kind] for kind in dict.fromkeys(kind for _, kind, _ in stages) if kind in MEANINGS]
+    return Chart("losses", "Training", " ".join([caption, *meant]), figure)
+
+
+def _kind(stage: object) -> str:
+    """The name of a stage without the number that tells it from others of its kind."""
+    return str(stage).rstrip("0123456789").rstrip()
 
 
 def _figure(data: list[Figure], x: str, y: str) -> Figure:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -77,6 +79,8 @@ def render(run: Run) -> str:
             listed=suspects.first[len(cards) :],
             reference=[(label, picture(x)) for label, x in run.gallery.reference] if run.gallery else [],
             groups=measures(run.metrics),
+            cut=suspects.cut,
+            references=_references(run.verdict),
             tables=[(name, list(flat(tree))) for name, tree in _records(run) if tree],
             plotly=scripts[0],
             script=scripts[1],
@@ -105,17 +109,18 @@ def _fact(key: str, run: Run) -> tuple[str, str, str]:
 
 
 def _cards(run: Run) -> tuple[list[Card], str]:
-    """The most suspicious samples, and the reason that all flagged ones share, if they do.
+    """The most suspicious samples, and the reason that most flagged ones share, told once instead of on each card.
 
     Pictures are matched by id, so that none can stand beside a wrong name.
     """
     pictures = run.gallery.x if run.gallery else {}
     rows = run.suspects.first[: min(len(pictures), SHOWN) or 24]
-    reasons = {row.get("reason", "") for row in rows} - {""}
-    shared = reasons.pop() if len(reasons) == 1 else ""
+    reasons = Counter(row["reason"] for row in rows if row.get("reason"))
+    shared, times = max(reasons.items(), key=lambda item: item[1], default=("", 0))
+    shared = shared if times > 1 else ""
     cards = [
         Card(
-            {**row, "reason": ""} if shared else row,
+            {**row, "reason": ""} if row.get("reason") == shared else row,
             bool(flag),
             picture(pictures[row["id"]]) if row.get("id") in pictures else None,
             run.suspects.roles.get(row.get("id", ""), ""),
@@ -149,8 +154,9 @@ def _comparison(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, 
 
 
 def _subject(run: Run) -> list[tuple[str, str]]:
-    """The few settings that say what was run; the data by what the user called it, not by its fingerprint."""
-    named = [("data", run.data["name"])] if run.data.get("name") else []
+    """The few settings that say what was run; the data by the end of what the user called it, not by a fingerprint."""
+    parts = [part for part in re.split(r"[\\/]", str(run.data.get("name") or "")) if part]
+    named = [("data", "/".join(parts[-2:]))] if parts else []
     for key in ("data", "defense", "model", "seed"):
         value = run.config.get(key)
         if isinstance(value, dict):
@@ -164,6 +170,12 @@ def _records(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """What is kept for the record, folded away."""
     data = {key: value for key, value in run.data.items() if key != "samples_by_class"}
     return [("Data", data), ("Settings", run.config), ("Environment", run.env)]
+
+
+def _references(verdict: dict[str, Any]) -> list[list[str]]:
+    """Catalog, entry, name and meaning of what the finding is called elsewhere."""
+    entries = [entry for entry in _list(verdict.get("references")) if isinstance(entry, dict)]
+    return [[str(entry.get(key, "")) for key in ("framework", "id", "name", "why")] for entry in entries]
 
 
 def _list(value: Any) -> list[Any]:

@@ -45,7 +45,7 @@ if (viewer) {
 // Paper cannot be unfolded, and charts that were drawn for a wide screen would run off it.
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details")) details.open = true;
-  for (const place of document.querySelectorAll("[data-figure]")) Plotly.relayout(place, { width: 640 });
+  for (const place of document.querySelectorAll("[data-figure]")) Plotly.relayout(place, { width: place.closest(".wide") ? 640 : 310 });
 });
 addEventListener("afterprint", () => {
   for (const place of document.querySelectorAll("[data-figure]")) Plotly.relayout(place, { width: null, autosize: true });
