@@ -255,9 +255,8 @@ def test_where_the_second_head_looks(tmp_path: Path, kind: str) -> None:
     np.savez(folder / "attention.npz", label="class 1", witness="second head", n=6, **maps)
     for client in started(open_session(folder)):
         look = client.get("/api/start")[1]["look"]
-        assert look["label"] == "class 1" and look["words"].startswith(
-            "The second head looks here in suspects: strongest"
-        )
+        assert look["label"] == "class 1" and look["title"] == "The second head looks here"
+        assert look["words"].startswith("average of suspects, strongest")
         status, read = client.get("/look")
         assert status == 200 and (read[:4] == b"\x89PNG" if kind == "image" else read.count(b"<rect") == 2)
 
