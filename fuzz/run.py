@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
+"""By its own, pyarrow reserves a GiB at its first use, which is all that an input may take."""
 SECONDS, BYTES, LONGEST, PATIENCE = 5, 2**30, 2**16, 60
 """Of computing for an input; beyond what a process had; of an input; seconds for one in which nothing is computed."""
 TEXTS = {"arff", "manifest", "review", "run_history", "run_suspects", "ts", "tsv", "truth"}
@@ -117,8 +119,6 @@ class Counted:
 
         self.call, self.folder, self.executions, self.found = TARGETS[target], folder, 0, dict[str, str]()
         self.slowest, self.refused, self.told = 0.0, 0, time.monotonic()
-        if "pyarrow" in sys.modules:  # its own way is to reserve a GiB at its first use
-            sys.modules["pyarrow"].set_memory_pool(sys.modules["pyarrow"].system_memory_pool())
         status = Path("/proc/self/status").read_text()
         now = int(re.findall(r"VmData:\s+(\d+)", status)[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (now + BYTES, resource.RLIM_INFINITY))
