@@ -48,6 +48,18 @@ def test_decisions_survive(session: Session) -> None:
     assert again.codes[:5].tolist() == [DROP, 3, UNDECIDED, KEEP, UNDECIDED]
 
 
+def test_decisions_are_taken_back_after_a_restart_too(session: Session) -> None:
+    session.decisions.decide([0], "drop")
+    session.decisions.decide([1], "relabel", "class 3")
+    session.decisions.decide([0], "keep")
+    assert session.decisions.undo() == 0
+    again = Decisions(session.folder, session.data)
+    assert again.codes[:2].tolist() == [DROP, 3]
+    assert [again.undo(), Decisions(session.folder, session.data).undo()] == [1, 0], "not what was taken back itself"
+    last = Decisions(session.folder, session.data)
+    assert last.undo() is None and (last.codes == UNDECIDED).all()
+
+
 def test_a_line_cut_off_costs_only_itself(session: Session) -> None:
     session.decisions.decide([0], "drop")
     whole = session.decisions.path.read_bytes()

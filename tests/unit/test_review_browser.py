@@ -122,6 +122,29 @@ def test_by_keyboard(browser: Any, tmp_path: Path) -> None:
     page.close()
 
 
+def test_finding_the_way_without_a_mouse(browser: Any, tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", Splits(toy_images(24, size=24)))
+    folder = toy_run_of(load(tmp_path / "set.npz"), tmp_path / "run")
+    troubles: list[str] = []
+    with Served(open_session(folder)) as address:
+        page = opened(browser, address, troubles)
+        assert page.text_content("#status") == "Now 0/0.png, labeled class 0, suggested class 1, open."
+        for _ in range(5):
+            press(page, "ArrowRight")
+        press(page, "d")
+        assert page.text_content("#status").startswith("0/5.png: drop, saved. Now 0/5.png, ")
+        press(page, " ")  # nothing is open after the last one, so from the start
+        assert page.text_content("#position").startswith("1 of 6")
+        page.locator("#strip button").nth(5).focus()
+        press(page, "Enter")
+        shows(page, "#position", "6 of 6")
+        assert page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"
+        press(page, "o")
+        assert page.text_content("#decision") == "open" and page.text_content("#position").startswith("6 of 6")
+        page.close()
+    assert troubles == []
+
+
 def test_series_on_a_phone(browser: Any, tmp_path: Path) -> None:
     write_npz(tmp_path / "set.npz", Splits(toy_series(24, length=200)))
     folder = toy_run_of(load(tmp_path / "set.npz"), tmp_path / "run", flagged=0)
@@ -133,6 +156,9 @@ def test_series_on_a_phone(browser: Any, tmp_path: Path) -> None:
         page.click("#drop")
         shows(page, "#position", "2 of 24")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert "200 steps" in page.text_content("#note") and page.text_content("#probability") == "0%"
+        tops = "[...document.querySelectorAll('#references figure:first-child img')].map((image) => image.offsetTop)"
+        assert len(found := page.evaluate(tops)) == 4 and len(set(found)) == 1, "one wraps alone"
         page.screenshot(path=tmp_path / "phone.png")
         page.close()
     assert troubles == []

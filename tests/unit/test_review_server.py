@@ -96,6 +96,7 @@ def test_item(client: Client) -> None:
     assert item["label"] == "class 0" and item["suggested"] == {"code": 1, "name": "class 1"}
     assert [group["label"] for group in item["references"]] == ["class 0", "class 1"]
     assert len(item["strip"]) == 6 and client.get("/api/item/all/19")[1]["total"] == 20
+    assert item["probability"] == "100%" and item["note"].startswith(f"{client.session.data.spec.shape[2]} ×")
     assert client.get("/picture/3")[1][:4] == b"\x89PNG"
 
 
@@ -104,7 +105,8 @@ def test_decide_undo_and_restart(client: Client) -> None:
     assert status == 200 and told["counts"]["drop"] == 1 and told["counts"]["open"] == 5
     assert Decisions(client.session.folder, client.session.data).codes[4] == DROP  # on the disk already
     assert client.post("/api/decide", {"row": 5, "decision": "relabel", "code": 2})[1]["decision"]["label"] == "class 2"
-    assert client.get("/api/item/flagged/3")[1]["next"] is None
+    assert client.get("/api/item/flagged/3")[1]["next"] == 0, "from the start again, since some are open before"
+    assert client.get("/api/item/flagged/0")[1]["next"] == 1 and client.get("/api/item/flagged/5")[1]["next"] == 0
     assert client.post("/api/undo", {})[1]["positions"] == {"flagged": 5, "all": 5}
     assert client.post("/api/undo", {})[1]["row"] == 4
     assert client.post("/api/undo", {})[0] == 409

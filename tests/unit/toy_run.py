@@ -49,8 +49,9 @@ def toy_run(folder: Path, kind: str = "image", n: int = 10_000, poisoned: bool =
     _json(folder / "config.json", _config(kind))
     _json(folder / "env.json", {"python": "3.12.4", "torch": "2.7.0", "device": "cpu", "commit": "1f0c2ab"})
     if poisoned:
-        undefended = {"name": "no defense", "clean_accuracy": 0.812, "attack_success_rate": 0.998}
-        rows = [undefended, {"name": "auto", "clean_accuracy": 0.7913, "attack_success_rate": 0.012}]
+        keys = ("clean_accuracy", "attack_success_rate", "excess_attack_success_rate", "recovery_accuracy")
+        values = {"no defense": (0.812, 0.998, 0.99, 0.01), "auto": (0.7913, 0.012, 0.002, 0.78)}
+        rows = [{"name": name, **dict(zip(keys, shares, strict=True))} for name, shares in values.items()]
         _json(folder / "comparison.json", {"rows": rows})
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _history()))
     (folder / "model.safetensors").write_bytes(b"")

@@ -64,7 +64,8 @@ def _series(sample: Array) -> Picture:
         path = "L".join(f"{a:.4g},{b:.4g}" for a, b in zip(px[keep], py[keep], strict=True))
         paths.append(Markup("M" + path if path else ""))
     drawing = f", first {CHANNELS} drawn" if channels > CHANNELS else ""
-    note = f"{length} steps" if channels == 1 else f"{length} steps, {channels} channels{drawing}"
+    shape = f"{length} steps" if channels == 1 else f"{length} steps, {channels} channels{drawing}"
+    note = f"{shape}, from {low:.3g} to {high:.3g}"
     return Picture(paths=tuple(paths), note=note)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +32,16 @@ NAME, LOCK = "review.jsonl", ".review.lock"
 class Decisions:
     """The decisions about the samples of one set, `codes` (n,): a class number, or one of the codes above.
 
-    Every change is on the disk before it counts. A line that a killed program left half-written is passed over, and the
-    next one starts on a line of its own. Only one program at a time may hold the file (`locked`).
+    Every change is on the disk before it counts, and the last thousand can be taken back, also by the next program that
+    opens the file: `done` has rows and their codes before. A line that a killed program left half-written is passed
+    over, and the next one starts on a line of its own. Only one program at a time may hold the file (`locked`).
     Raises InputError for a file that is damaged, or that speaks of other samples.
     """
 
     def __init__(self, folder: Path, data: Data):
         self.path, self.data = folder / NAME, data
         self.codes: npt.NDArray[np.int64] = np.full(len(data), UNDECIDED, dtype=np.int64)
+        self.done: deque[tuple[int, int]] = deque(maxlen=1000)
         self._rows = {name: row for row, name in enumerate(data.ids)}
         self._classes = {name: number for number, name in enumerate(data.spec.classes)}
         self._torn = False
@@ -77,19 +80,39 @@ class Decisions:
 
     def put(self, changes: Sequence[tuple[int, int]]) -> None:
         """Append (row, code) pairs in one write."""
-        lines = "".join(json.dumps(self._line(row, code)) + "\n" for row, code in changes)
         with self._one:
-            try:
-                with append_to(self.path) as file:
-                    file.write(("\n" if self._torn else "").encode() + lines.encode())
-                    self._torn = True
-                    file.flush()
-                    os.fsync(file.fileno())
-                    self._torn = False
-            except OSError as error:
-                raise InputError(f"cannot write {self.path}: {error.strerror or error}.") from None
+            self._append([self._line(row, code) for row, code in changes])
             for row, code in changes:
-                self.codes[row] = code
+                self._set(row, code)
+
+    def undo(self) -> int | None:
+        """Take the last decision back; the row that it was about, or None where there is none."""
+        with self._one:
+            if not self.done:
+                return None
+            row, before = self.done[-1]
+            self._append([{**self._line(row, before), "undo": True}])
+            self._set(row, before, undo=True)
+            return row
+
+    def _set(self, row: int, code: int, *, undo: bool = False) -> None:
+        if not undo:
+            self.done.append((row, int(self.codes[row])))
+        elif self.done:
+            self.done.pop()
+        self.codes[row] = code
+
+    def _append(self, entries: Sequence[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        try:
+            with append_to(self.path) as file:
+                file.write(("\n" if self._torn else "").encode() + lines.encode())
+                self._torn = True
+                file.flush()
+                os.fsync(file.fileno())
+                self._torn = False
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}.") from None
 
     def _line(self, row: int, code: int) -> dict[str, str]:
         decision = {UNDECIDED: "undecided", KEEP: "keep", DROP: "drop"}.get(code, "relabel")
@@ -118,7 +141,7 @@ class Decisions:
                 code = self.code(told.get("decision", ""), told.get("label"))
             except (InputError, TypeError) as error:
                 raise InputError(f"{self.path} line {number}: {error}") from None
-            self.codes[self._rows[name]] = code
+            self._set(self._rows[name], code, undo=told.get("undo") is True)
 
     def cleaned(
         self, flagged: npt.NDArray[np.bool_], suggested: npt.NDArray[np.int64], undecided: Undecided = "drop"

@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any, TypeGuard, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import uvicorn
 from PIL import Image
@@ -32,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from antibackdoor.errors import InputError
 from antibackdoor.report.pictures import HEIGHT, WIDTH, picture
-from antibackdoor.report.words import plain
+from antibackdoor.report.words import percent, plain
 from antibackdoor.review.decisions import UNDECIDED
 from antibackdoor.review.export import FORMS, export
 from antibackdoor.review.session import Session
@@ -117,7 +118,6 @@ class Page:
         self.session, self.data, self.decisions = session, session.data, session.decisions
         ranked = session.flagged[session.order]
         self.queues = {"flagged": session.order[ranked], "all": session.order}
-        self.undo: list[tuple[int, int]] = []
         self.exporting = threading.Lock()
         self.trusted = self._trusted()
 
@@ -172,6 +172,8 @@ class Page:
             "label": self._class(given),
             "suggested": None if suggested < 0 else {"code": suggested, "name": self._class(suggested)},
             "score": float(np.nan_to_num(told["score"])),
+            "probability": percent(float(told["probability"])),
+            "note": picture(self._sample(row)).note,
             "flagged": bool(self.session.flagged[row]),
             "reason": plain(told["reason"]),
             "decision": self._decision(row),
@@ -194,19 +196,15 @@ class Page:
         if code is not None and (not _whole(code) or not 0 <= code < len(classes)):
             return _error(400, "no such class")
         new = self.decisions.code(str(decision), None if code is None else classes[code])
-        before = int(self.decisions.codes[row])
         await run_in_threadpool(self.decisions.put, [(row, new)])
-        self.undo = [*self.undo[-999:], (row, before)]
         return JSONResponse({"counts": self._counts(), "decision": self._decision(row)})
 
     async def take_back(self, request: Request) -> Response:
-        """Undo the last decision of this session; answers with its row."""
+        """Undo the last decision, of this session or an earlier one; answers with its row."""
         await _body(request)
-        if not self.undo:
+        row = await run_in_threadpool(self.decisions.undo)
+        if row is None:
             return _error(409, "nothing to take back")
-        row, before = self.undo[-1]
-        await run_in_threadpool(self.decisions.put, [(row, before)])
-        self.undo.pop()
         positions = {name: np.flatnonzero(rows == row) for name, rows in self.queues.items()}
         return JSONResponse({
             "row": row,
@@ -234,15 +232,19 @@ class Page:
         row = request.path_params["row"]
         if row >= len(self.data):
             return _error(404, "no such sample")
+        sample = self._sample(row)
+        if self.data.spec.kind == "image":
+            buffer = io.BytesIO()
+            Image.fromarray(sample[..., 0] if sample.shape[2] == 1 else sample).save(buffer, format="PNG")
+            return Response(buffer.getvalue(), media_type="image/png")
+        return Response(_curves(picture(sample).paths), media_type="image/svg+xml")
+
+    def _sample(self, row: int) -> npt.NDArray[Any]:
+        """A sample as the report draws it: pixels (H, W, C), or a series without its padding."""
         stored = self.data.x[torch.tensor([row])][0].cpu().numpy()
         if self.data.spec.kind == "image":
-            pixels = stored.transpose(1, 2, 0)
-            buffer = io.BytesIO()
-            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, format="PNG")
-            return Response(buffer.getvalue(), media_type="image/png")
-        if self.data.lengths is not None:
-            stored = stored[:, : int(self.data.lengths[row])]
-        return Response(_curves(picture(stored).paths), media_type="image/svg+xml")
+            return stored.transpose(1, 2, 0)
+        return stored if self.data.lengths is None else stored[:, : int(self.data.lengths[row])]
 
     def _class(self, code: int) -> str:
         return plain(self.data.spec.classes[code])
@@ -254,10 +256,10 @@ class Page:
         return {"name": {-1: "undecided", -2: "keep", -3: "drop"}[code], "label": None}
 
     def _open_after(self, queue: str, position: int) -> int | None:
-        """The next position of a queue that nobody decided about; None at the end."""
-        rows = self.queues[queue][position + 1 :]
-        found = np.flatnonzero(self.decisions.codes[rows] == UNDECIDED)
-        return position + 1 + int(found[0]) if len(found) else None
+        """The next other position of a queue that nobody decided about, from the start after the end; or None."""
+        found = np.flatnonzero(self.decisions.codes[self.queues[queue]] == UNDECIDED)
+        found = found[found != position]
+        return int(found[np.searchsorted(found, position) % len(found)]) if len(found) else None
 
     def _counts(self) -> dict[str, int]:
         codes, flagged = self.decisions.codes, self.session.flagged

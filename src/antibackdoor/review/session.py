@@ -102,11 +102,12 @@ def _join(folder: Path, splits: Splits) -> Session:
     """Suspects and data, row by row; ids must be the same ones."""
     path, data = folder / "suspects.csv", splits.train
     text = ["id", "label", "suggested_label", "reason"]
-    columns = [*text, "score", "flagged"]
-    kinds = {**dict.fromkeys([*text, "flagged"], str), "score": "float64"}
+    columns = [*text, "score", "probability", "flagged"]
+    kinds = {**dict.fromkeys([*text, "probability", "flagged"], str), "score": "float64"}
     table = read_table(path, kinds, usecols=columns, encoding_errors="surrogateescape")
     for name in text:
         table[name] = table[name].map(from_csv_cell)
+    table["probability"] = pd.to_numeric(table["probability"], errors="coerce")  # not every detector estimates one
     rows = pd.Index(data.ids).get_indexer(pd.Index(table["id"]))
     if len(table) != len(data) or (rows < 0).any() or len(np.unique(rows)) != len(data):
         raise InputError(f"{path} does not name the samples of this data set, each once.")

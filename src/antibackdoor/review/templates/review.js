@@ -55,7 +55,8 @@ function counts(told) {
   at("bar").setAttribute("aria-valuenow", done);
 }
 
-async function show(position) {
+// said: what was just done; the status line, which screen readers speak, goes on with the sample that is shown now.
+async function show(position, said = "") {
   item = await ask(`api/item/${queue}/${position}`);
   at("picture").src = "picture/" + item.row;
   at("picture").alt = `sample ${item.id}, labeled ${item.label}`;
@@ -63,11 +64,15 @@ async function show(position) {
   at("id").textContent = item.id;
   at("label").textContent = item.label;
   at("suggested").textContent = item.suggested ? item.suggested.name : "–";
+  at("note").textContent = item.note;
   at("score").textContent = item.score.toPrecision(4);
+  at("probability").textContent = item.probability;
   at("decision").textContent = words(item.decision);
   at("decision").dataset.name = item.decision.name;
   at("reason").textContent = item.reason;
   at("suggest").disabled = item.suggested === null;
+  at("open").disabled = item.decision.name === "undecided";
+  const inside = at("strip").contains(document.activeElement);
   at("strip").replaceChildren(...item.strip.map((other) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -78,6 +83,7 @@ async function show(position) {
     button.addEventListener("click", () => step(() => show(other.position)));
     return button;
   }));
+  if (inside) at("strip").querySelector("[aria-current]").focus();
   at("references").replaceChildren(...item.references.filter((group) => group.rows.length).map((group) => {
     const figure = document.createElement("figure"), caption = document.createElement("figcaption");
     caption.textContent = `Trusted, labeled ${group.label}`;
@@ -85,31 +91,33 @@ async function show(position) {
     return figure;
   }));
   counts(item.counts);
+  const suggested = item.suggested ? `, suggested ${item.suggested.name}` : "";
+  const now = `Now ${item.id}, labeled ${item.label}${suggested}, ${words(item.decision)}.`;
+  at("status").textContent = [said, now].filter(Boolean).join(" ");
 }
 
 async function decide(decision, code) {
   const told = await ask("api/decide", { row: item.row, decision, ...(code === undefined ? {} : { code }) });
-  at("status").textContent = `${item.id}: ${words(told.decision)}, saved.`;
-  const next = Math.min(item.position + 1, item.total - 1);
-  await show(next);
-  if (told.counts.open === 0 && queue === "flagged") at("status").textContent += " All flagged samples are decided: press E to export.";
+  const done = told.counts.open === 0 && queue === "flagged" ? " All flagged samples are decided: press E to export." : "";
+  const next = decision === "undecided" ? item.position : Math.min(item.position + 1, item.total - 1);
+  await show(next, `${item.id}: ${words(told.decision)}, saved.${done}`);
 }
 
 const actions = {
   k: () => decide("keep"),
   d: () => decide("drop"),
   s: () => item.suggested ? decide("relabel", item.suggested.code) : undefined,
+  o: () => item.decision.name === "undecided" ? undefined : decide("undecided"),
   u: async () => {
     const told = await ask("api/undo", {});
     if (!(queue in told.positions)) { queue = "all"; at("queue").value = queue; }
-    await show(told.positions[queue]);
-    at("status").textContent = `${item.id}: taken back.`;
+    await show(told.positions[queue], "Taken back.");
   },
   arrowleft: () => item.position > 0 ? show(item.position - 1) : undefined,
   arrowright: () => item.position + 1 < item.total ? show(item.position + 1) : undefined,
   " ": async () => {
     if (item.next !== null) await show(item.next);
-    else at("status").textContent = "Nothing is open after this one.";
+    else at("status").textContent = "No other sample is open.";
   },
 };
 
@@ -132,9 +140,9 @@ document.addEventListener("keydown", (event) => {
   const key = event.key.toLowerCase();
   if (key === "r") { event.preventDefault(); choose(); }
   else if (key === "e") { event.preventDefault(); openExport(); }
-  else if (key in actions && !(event.repeat && "kdsu".includes(key))) { event.preventDefault(); step(actions[key]); }
+  else if (key in actions && !(event.repeat && "kdsou".includes(key))) { event.preventDefault(); step(actions[key]); }
 });
-for (const [id, key] of [["keep", "k"], ["drop", "d"], ["suggest", "s"], ["undo", "u"]]) {
+for (const [id, key] of [["keep", "k"], ["drop", "d"], ["suggest", "s"], ["open", "o"], ["undo", "u"]]) {
   at(id).addEventListener("click", () => step(actions[key]));
 }
 at("relabel").addEventListener("click", choose);
