@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,28 @@ def write_images(root: Path, classes: tuple[str, ...] = ("blue", "green", "red")
             pixels[..., 2 - number % 3] += 150
             Image.fromarray(pixels).save(root / name / f"{k:02d}.png")
     return root
+
+
+HOOK = """
+import os, sys
+def hook(event, given):
+    if event not in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"):
+        return
+    if event == "socket.bind" and given[1][0] == "127.0.0.1":
+        return  # the review page, which is for this machine only
+    with open(os.environ["TRIED"], "a") as file:
+        print(event, given[1:], file=file)
+    raise OSError("the network is cut")
+sys.addaudithook(hook)  # cannot be taken back, and sees every library
+"""
+"""Python loads it at its start, in the processes that commands start too."""
+
+
+def cut_network(folder: Path) -> dict[str, str]:
+    """The environment of processes that must not reach for the network; what they tried is noted in `folder/tried`."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(HOOK)
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "site"), *sys.path]), "TRIED": str(folder / "tried")}
 
 
 def write_series(path: Path, lengths: int = 24, count: int = 16, value: str | None = None) -> Path:

@@ -180,7 +180,7 @@ def train(
             model=outcome.model.eval(),
             spec=splits.train.spec,
             suspects=suspects_table(splits.train, outcome),
-            verdict=decide(splits.train, outcome),
+            verdict=_with_collapse(decide(splits.train, outcome), outcome.model, job),
             metrics=_metrics(splits, outcome, job, experiment),
             history=job.history,
             architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
@@ -310,6 +310,23 @@ def suspects_table(data: Data, outcome: Outcome) -> pd.DataFrame:
         }
     )
     return table.sort_values(["flagged", "score"], ascending=False, kind="stable", ignore_index=True)
+
+
+ASKED = 2048
+"""Training samples, at most, that a finished model is asked about to see whether it tells classes apart at all."""
+
+
+def _with_collapse(verdict: Verdict, model: nn.Module, job: Job) -> Verdict:
+    """The verdict, which says so first where the model gives one answer whatever it is shown."""
+    rows = torch.linspace(0, len(job.data) - 1, min(len(job.data), ASKED)).long()
+    answers = logits_of(model, job.data, job.fabric, rows).argmax(1).unique()
+    if len(answers) > 1:
+        return verdict
+    told = (
+        f"The model collapsed: it takes all {len(rows):,} training samples that it was asked about for "
+        f"{job.data.spec.classes[int(answers)]!r}. Do not use it; train for more epochs, or at a lower learning rate."
+    )
+    return replace(verdict, evidence=[told, *verdict.evidence])
 
 
 def _metrics(splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None) -> dict[str, Any]:

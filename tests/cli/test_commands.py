@@ -16,7 +16,7 @@ from PIL import Image
 
 from antibackdoor import load
 from antibackdoor.bench.poisoned import poison, read_experiment
-from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, write_images, write_series
+from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_series
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -135,12 +135,15 @@ def test_list_is_for_people_and_programs(run: Run) -> None:
     assert "did you mean 'e2abl'" in run("list", "defenses", "e2able", status=2).output
 
 
-def test_demo(run: Run, tmp_path: Path) -> None:
+def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cut_network(tmp_path).items():
+        monkeypatch.setenv(name, value)
     told = run("demo", "--kind", "series", "--epochs", 1, "--out", tmp_path / "demo", *TINY_DEFENSE, "--no-open").output
     assert "Attack success rate" in told and "report.html" in told
     rows = json.loads((tmp_path / "demo" / "japanese_vowels-defended" / "comparison.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["no defense", "defended"]
     run("demo", "--out", tmp_path / "demo", status=2)
+    assert not (tmp_path / "tried").exists(), "the network"
 
 
 def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_path: Path) -> None:

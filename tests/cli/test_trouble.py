@@ -24,6 +24,7 @@ from antibackdoor.data.load import load
 from antibackdoor.data.mapped import map_made
 from antibackdoor.errors import InputError
 from antibackdoor.files import LOCK, at_once, lock, save_state, sweep, write_text
+from antibackdoor.review.decisions import DROP, KEEP, UNDECIDED
 from antibackdoor.review.session import open_session
 from antibackdoor.training.job import Job
 from toy import toy_images
@@ -33,6 +34,18 @@ from toy_review import toy_run_of
 ROOT = Path(__file__).parents[2]
 CAP_DAC_OVERRIDE = 1 << 1
 TRAIN = (*TINY, *UNDEFENDED, "--quiet")
+SCAN = (*TINY, "--quiet", "--detector", "loss", "--set", "recipe.min_steps=0")
+GRID = """
+[[cells]]
+data = ["digits"]
+train_size = 40
+attacks = ["none"]
+defenses = ["none"]
+defense_options = { "recipe.min_steps" = 0 }
+models = ["resnet18-w1"]
+epochs = 1
+seeds = [0]
+"""
 
 
 @contextmanager
@@ -128,6 +141,43 @@ def test_a_full_disk_elsewhere(run: Run, images: Path, whole: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
+@pytest.mark.parametrize("size", [10, 3_000])
+def test_a_full_disk_in_a_scan(run: Run, images: Path, tmp_path: Path, size: int) -> None:
+    run("scan", images, "--out", tmp_path / "whole", *SCAN)
+    with full_disk(size):
+        told = sentence(run("scan", images, "--out", tmp_path / "cut", *SCAN, status=2).output)
+    assert "File too large" in told and not (tmp_path / "cut" / "result.json").exists()
+    run("scan", images, "--out", tmp_path / "cut", *SCAN, "--resume")
+    assert len({(tmp_path / name / "suspects.csv").read_bytes() for name in ("whole", "cut")}) == 1
+
+
+@pytest.mark.parametrize("size", [10, 500])  # a checkpoint, the record
+def test_a_full_disk_in_a_bench(run: Run, tmp_path: Path, size: int) -> None:
+    (tmp_path / "grid.toml").write_text(GRID)
+    words = ("bench", tmp_path / "grid.toml", "--out", tmp_path / "results", "--workers", "0", "--quiet")
+    with full_disk(size):
+        told = sentence(run(*words, status=2).output)
+    assert "File too large" in told or "broke" in told
+    assert not [path for path in (tmp_path / "results").rglob("*.json") if not path.name.endswith(".error.json")]
+    run(*words)
+    assert len(list((tmp_path / "results").glob("*.json"))) == 1 and not list((tmp_path / "results").rglob(".*.part"))
+
+
+def test_a_full_disk_in_a_review(tmp_path: Path) -> None:
+    """A decision that could not be written does not count, and harms none before or after it."""
+    write_npz(tmp_path / "set.npz", Splits(toy_images(12)))
+    folder = toy_run_of(load(tmp_path / "set.npz"), tmp_path / "run")
+    decisions = open_session(folder).decisions
+    decisions.decide([0], "drop")
+    size = decisions.path.stat().st_size
+    for room in (0, 7):
+        with full_disk(size + room), pytest.raises(InputError, match=r"cannot write .*File too large"):
+            decisions.decide([1], "drop")
+        assert decisions.codes[1] == UNDECIDED and (open_session(folder).decisions.codes[:2] == (DROP, UNDECIDED)).all()
+    decisions.decide([2], "keep")
+    assert open_session(folder).decisions.codes[:3].tolist() == [DROP, UNDECIDED, KEEP]
+
+
 def test_a_full_disk_is_told_before_a_mapped_file_is_written_to(tmp_path: Path) -> None:
     """Writing through a map to a disk without space would kill the process."""
     source = tmp_path / "set.npz"
@@ -159,6 +209,8 @@ def test_a_folder_without_permission(run: Run, images: Path, whole: Path) -> Non
             ("poison", "digits", "--attack", "badnets", "--out", folder / "new"),
             ("predict", folder, images_here, "--out", folder / "new.csv"),
             ("report", folder),
+            ("review", folder, "--export", folder / "new", "--data", images),
+            ("review", folder, "--data", images),
             ("export", folder, folder / "new.csv"),
             ("bench", grid, "--out", folder / "new", "--workers", "0", "--quiet"),
         ):
@@ -180,6 +232,52 @@ def test_data_that_vanish(run: Run, images: Path, whole: Path, tmp_path: Path, m
     assert weights(out) == weights(whole)
 
 
+def test_data_that_vanish_from_a_scan(run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, away = tmp_path / "images", tmp_path / "away"
+    here.symlink_to(images)
+    monkeypatch.setattr(Job, "checkpoint_seconds", -1.0)
+    with full_disk(60_000):  # cut off somewhere on its way
+        run("scan", here, "--out", tmp_path / "run", *SCAN, status=2)
+    here.rename(away)
+    assert str(here) in sentence(run("scan", here, "--out", tmp_path / "run", *SCAN, "--resume", status=2).output)
+    away.rename(here)
+    run("scan", here, "--out", tmp_path / "run", *SCAN, "--resume")
+    run("scan", here, "--out", tmp_path / "whole", *SCAN)
+    assert len({(tmp_path / name / "suspects.csv").read_bytes() for name in ("whole", "run")}) == 1
+
+
+def test_data_that_vanish_from_a_review(run: Run, tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", Splits(toy_images(12)))
+    folder = toy_run_of(load(tmp_path / "set.npz"), tmp_path / "run")
+    open_session(folder).decisions.decide([0], "keep")
+    (tmp_path / "set.npz").rename(tmp_path / "away.npz")
+    words = ("review", folder, "--export", tmp_path / "cleaned")
+    told = sentence(run(*words, status=2).output)
+    assert "set.npz" in told and "name them with --data" in told and not (tmp_path / "cleaned").exists()
+    run(*words, "--data", tmp_path / "away.npz")
+    assert len(load(tmp_path / "cleaned").train) == 7  # five of six flagged ones were dropped
+
+
+def test_data_that_vanish_from_a_poisoning(run: Run, tmp_path: Path) -> None:
+    words = ("poison", tmp_path / "set.npz", "--attack", "badnets", "--rate", 0.2, "--out", tmp_path / "poisoned")
+    assert "set.npz" in sentence(run(*words, status=2).output)
+    assert list(tmp_path.iterdir()) == []
+    write_npz(tmp_path / "set.npz", Splits(toy_images(24), toy_images(8, seed=1)))
+    run(*words)
+
+
+def test_data_that_vanish_from_a_bench(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTIBACKDOOR_DATA", str(tmp_path))
+    (tmp_path / "grid.toml").write_text(GRID.replace("digits", "uwave_extended"))  # one that cannot be downloaded
+    words = ("bench", tmp_path / "grid.toml", "--out", tmp_path / "results", "--workers", "0", "--quiet")
+    assert "1 of 1 cells broke" in sentence(run(*words, status=2).output)
+    (error,) = (tmp_path / "results").glob("*.error.json")
+    assert "put uwave_extended.npz into the folder" in error.read_text()
+    write_npz(tmp_path / "uwave_extended.npz", Splits(toy_images(40), toy_images(8, seed=1)))
+    run(*words)
+    assert not error.exists() and len(list((tmp_path / "results").glob("*.json"))) == 1
+
+
 def test_a_file_that_vanishes_while_the_folder_is_read(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +297,8 @@ def test_a_second_program_is_refused(run: Run, images: Path, whole: Path, tmp_pa
     with lock(whole / LOCK, wait=False) as mine:
         assert mine
         told = sentence(run("train", images, "--out", whole, *TRAIN, "--resume", status=2).output)
+        assert "another program is running in" in told
+        told = sentence(run("scan", images, "--out", whole, *SCAN, "--resume", status=2).output)
         assert "another program is running in" in told
     out = tmp_path / "poisoned"
     with pytest.raises(KeyError), at_once(out) as part:
@@ -255,11 +355,26 @@ def write_text_like_a_killed_program(path: Path) -> None:
     path.rename(path.with_name(f".{path.name}.1.part"))
 
 
+STRUCK = {
+    "train": (("train", "{images}", "--out", "{out}", *TRAIN), r"train .* --resume"),
+    "scan": (("scan", "{images}", "--out", "{out}", *SCAN), r"scan .* --resume"),
+    "bench": (("bench", "{grid}", "--out", "{out}", "--workers", "0", "--quiet"), r"bench .* --quiet"),
+}
+
+
 @pytest.mark.parametrize(
     ("number", "word", "status"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
 )
+@pytest.mark.parametrize("command", STRUCK)
 def test_a_signal_ends_with_a_sentence(
-    run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, word: str, status: int
+    run: Run,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    number: int,
+    word: str,
+    status: int,
 ) -> None:
     from antibackdoor.cli import end_orderly
 
@@ -270,15 +385,20 @@ def test_a_signal_ends_with_a_sentence(
         os.kill(os.getpid(), number)
         fit(self, *given, **more)  # type: ignore[arg-type]
 
+    (tmp_path / "grid.toml").write_text(GRID)
+    named = {"{images}": images, "{out}": tmp_path / "run", "{grid}": tmp_path / "grid.toml"}
+    words = [named.get(word, word) for word in STRUCK[command][0]]
     monkeypatch.setattr(Job, "fit", struck)
     try:
         end_orderly()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
-        told = run("train", images, "--out", tmp_path / "run", *TRAIN, status=status).output
+        told = run(*words, status=status).output
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
-    assert re.fullmatch(rf"{word}; go on with: antibackdoor train .* --resume\n", told)
+    assert re.fullmatch(rf"{word}; go on with: antibackdoor {STRUCK[command][1]}\n", told)
+    monkeypatch.setattr(Job, "fit", fit)
+    run(*words, *(["--resume"] if command != "bench" else []))
 
 
 @pytest.mark.parametrize(
@@ -304,9 +424,9 @@ def test_a_signal_before_the_command_begins(
 @pytest.mark.timeout(600)
 def test_killed_commands_go_on_to_the_same(tmp_path: Path) -> None:
     """A small sample of `benchmarks/kills.py`: real processes, real signals."""
-    kinds = "train none image|scan loss series|poison badnets image|review npz"
-    words = [sys.executable, "benchmarks/kills.py", "--kills", "6", "--seed", "3", "--only", kinds]
+    kinds = "train none image|scan loss series|poison badnets image|review npz|review page"
+    words = [sys.executable, "benchmarks/kills.py", "--kills", "8", "--seed", "3", "--only", kinds]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "; 0 problems" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "of 5 cases; 0 problems" in done.stdout, done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []

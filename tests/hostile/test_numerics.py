@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from antibackdoor.api import train
 from antibackdoor.data.batches import Batch, steps_per_epoch
 from antibackdoor.data.core import Data, Spec, check_trainable
 from antibackdoor.errors import InputError
@@ -119,6 +120,60 @@ def test_mixed_precision_gives_finite_losses_close_to_full_precision(precision: 
         ends.append(run.history[-1]["main_loss"])
         assert run.history[-1]["main_loss"] > 0
     assert ends[1] == pytest.approx(ends[0], abs=0.2)
+
+
+class Sure(nn.Module):
+    """Right about every sample, by so much that 8 bits of mantissa hold no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, bias=False)
+        nn.init.constant_(self.layer.weight, 0.0)
+        with torch.no_grad():
+            self.layer.weight[0] = 4.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(x.flatten(2).mean(2))
+        return logits
+
+
+def test_small_losses_do_not_underflow_in_mixed_precision() -> None:
+    """Networks answer in bfloat16, where 1 + e^-12 is 1 and its logarithm 0; the loss is taken of float32."""
+    fabric, model, x = make_fabric("cpu", "bf16-mixed"), Sure(), torch.ones(4, 3, 8, 8)
+    batch = Batch(x, torch.zeros(4, dtype=torch.int64), torch.arange(4), None)
+    with fabric.autocast():
+        assert model(x).dtype == torch.bfloat16
+        step = CrossEntropy()(model, batch)
+    assert step.loss.dtype == torch.float32
+    assert step.records["main"].tolist() == pytest.approx([math.log1p(math.exp(-12))] * 4, rel=1e-2)
+    step.loss.backward()
+    assert model.layer.weight.grad is not None and model.layer.weight.grad.abs().min() > 0
+
+
+class Constant(nn.Module):
+    """Answers one class, whatever it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = nn.Parameter(torch.tensor([0.0, 1e4, 0.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer.expand(len(x), 4)
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_collapsed_model_is_reported(collapsed: bool) -> None:
+    result = train(
+        toy_images(64),
+        defense="none",
+        options={"recipe.min_steps": 40 * (not collapsed)},
+        model=Constant() if collapsed else "resnet18-w4",
+        epochs=1,
+        device="cpu",
+    )
+    told = "The model collapsed: it takes all 64 training samples that it was asked about for 'class 1'. Do not use it"
+    assert result.verdict.evidence[0].startswith(told) == collapsed
+    assert collapsed or not any("collapsed" in sentence for sentence in result.verdict.evidence)
 
 
 def test_same_seed_same_result() -> None:
