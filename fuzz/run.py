@@ -195,7 +195,9 @@ def child(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> N
         for number, content in enumerate(seeds):
             (kept / f"seed-{number}").write_bytes(content)
         for number in range(4 if target in TEXTS else 0):
-            (kept / f"long-{number}").write_bytes(random.Random(seed).choice(seeds) * (4**number * 100))
+            (kept / f"long-{number}").write_bytes(
+                (random.Random(seed + number).choice(seeds) * (4**number * 100))[:LONG]
+            )
         arguments = [f"-max_total_time={seconds}", f"-max_len={longest(target)}", f"-seed={seed}", "-rss_limit_mb=0"]
         atheris.Setup([target, *arguments, "-timeout=600", "-verbosity=0", str(kept)], counted)
         atheris.Fuzz()  # does not come back
