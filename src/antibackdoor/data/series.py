@@ -153,7 +153,7 @@ def _check_lines(path: Path, kind: str) -> None:
         if not data or (kind == ".arff" and "@" in line):
             lower = line.lower()
             if kind == ".ts" and re.match(r"\s*[^#\s]timestamps\s+true\b", lower):
-                # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses minus signs and whole numbers.
+                # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses signs and whole numbers.
                 raise InputError(
                     f"{path} holds time stamps, which cannot be read reliably; write the values without them."
                 )
