@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
+"""By its own, pyarrow reserves a GiB at its first use, which is all that an input may take."""
 SECONDS, BYTES, LONGEST, PATIENCE = 5, 2**30, 2**16, 60
 """Of computing for an input; beyond what a process had; of an input; seconds for one in which nothing is computed."""
 TEXTS = {"arff", "manifest", "review", "run_history", "run_suspects", "ts", "tsv", "truth"}
@@ -117,8 +119,6 @@ class Counted:
 
         self.call, self.folder, self.executions, self.found = TARGETS[target], folder, 0, dict[str, str]()
         self.slowest, self.refused, self.told = 0.0, 0, time.monotonic()
-        if "pyarrow" in sys.modules:  # its own way is to reserve a GiB at its first use
-            sys.modules["pyarrow"].set_memory_pool(sys.modules["pyarrow"].system_memory_pool())
         status = Path("/proc/self/status").read_text()
         now = int(re.findall(r"VmData:\s+(\d+)", status)[0]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (now + BYTES, resource.RLIM_INFINITY))
@@ -195,7 +195,9 @@ def child(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> N
         for number, content in enumerate(seeds):
             (kept / f"seed-{number}").write_bytes(content)
         for number in range(4 if target in TEXTS else 0):
-            (kept / f"long-{number}").write_bytes(random.Random(seed).choice(seeds) * (4**number * 100))
+            (kept / f"long-{number}").write_bytes(
+                (random.Random(seed + number).choice(seeds) * (4**number * 100))[:LONG]
+            )
         arguments = [f"-max_total_time={seconds}", f"-max_len={longest(target)}", f"-seed={seed}", "-rss_limit_mb=0"]
         atheris.Setup([target, *arguments, "-timeout=600", "-verbosity=0", str(kept)], counted)
         atheris.Fuzz()  # does not come back

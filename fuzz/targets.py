@@ -175,7 +175,8 @@ def reviewed(name: str) -> Callable[[bytes], object]:
         file(f"{name}/config.json", json.dumps({"data": splits.train.fingerprint()}).encode())
         file(f"{name}/source.json", json.dumps(honest).encode())
         with patch.dict(os.environ, ANTIBACKDOOR_CACHE=str(SCRATCH / "cache")):
-            open_session(file(f"{name}/{name}", content).parent)
+            mended = content.replace(b"0123456789abcdef", splits.train.fingerprint().encode())
+            open_session(file(f"{name}/{name}", mended).parent)
 
     return target
 

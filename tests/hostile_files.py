@@ -6,7 +6,6 @@ import io
 import re
 import resource
 import struct
-import sys
 import tarfile
 import time
 import zipfile
@@ -51,9 +50,6 @@ def short_of_memory(error: BaseException | None) -> bool:
 @contextmanager
 def bounded() -> Iterator[None]:
     """Not more than one GiB beyond what this process has now, and five seconds of computing."""
-    arrow = sys.modules.get("pyarrow")
-    if arrow is not None:  # its own way is to reserve a GiB at its first use
-        arrow.set_memory_pool(arrow.system_memory_pool())
     kept = resource.getrlimit(resource.RLIMIT_DATA)
     now = int(re.findall(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
     started = time.process_time()

@@ -244,6 +244,8 @@ def load_state(path: Path) -> Tree:
             skeleton = json.loads(file.metadata()["tree"])
             tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
         return dress(skeleton)
+    except MemoryError:
+        raise
     except Exception as error:  # safetensors raises its own type, which it does not export for catching
         raise InputError(f"cannot read the state in {path}: {error}; delete it to start that stage again.") from None
 

@@ -101,6 +101,8 @@ def read_table(path: Path, kinds: Mapping[str, Any], **more: Any) -> DataFrame:
     try:
         table: DataFrame = pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
     except (OSError, ValueError) as error:
+        if "out of memory" in str(error):
+            raise MemoryError(str(error)) from None
         raise InputError(f"cannot read {path}: {error}.") from None
     return table
 

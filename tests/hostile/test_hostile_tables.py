@@ -110,6 +110,28 @@ def packed(path: Path) -> Path:
     return path.with_suffix(".arrow")
 
 
+def unpacking(path: Path) -> Path:
+    """Two hundred megabytes of zeros, compressed, in few rows."""
+    made = pa.table({"series": pa.array([np.zeros(2_500_000)] * 10), "label": [0, 1] * 5})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(path.with_suffix(".arrow"), made.schema, options=options) as writer:
+        writer.write_table(made)
+    return path.with_suffix(".arrow")
+
+
+def forgotten(path: Path) -> Path:
+    """The directory of another file, which has one batch more."""
+    few, many = (table("arrow", series=[[1.0]] * n, label=[0] * n)(path.with_name(f"{n}")) for n in (1, 2))
+    made = pa.ipc.open_file(pa.memory_map(str(many)))
+    with pa.ipc.new_file(path.with_suffix(".arrow"), made.schema) as writer:
+        writer.write_batch(made.get_batch(0))
+        writer.write_batch(made.get_batch(0))
+    content = path.with_suffix(".arrow").read_bytes()
+    footer = content[-int.from_bytes(content[-10:-6], "little") - 10 :]
+    body = few.read_bytes()
+    return written(path.with_suffix(".arrow"), body[: -int.from_bytes(body[-10:-6], "little") - 10] + footer)
+
+
 def shared(path: Path) -> Path:
     """An image that the file holds once and that stands in four hundred rows."""
     image = pa.array([np.random.default_rng(0).bytes(400_000)], pa.binary())
@@ -178,6 +200,8 @@ TABLES: dict[str, Case] = {
         "column 'label' of type null holds no labels",
     ),
     "five million labels in some kilobytes": (packed, "declares 5,000,000 rows in .* bytes; it is a bomb"),
+    "two hundred megabytes in some kilobytes": (unpacking, "set.arrow would take 191 MiB, .* times its size"),
+    "arrow whose directory tells of more": (forgotten, "lists 2 batches in its directory, but holds 1"),
     "images that are lists of nothing": (
         table("arrow", image=[{"bytes": [None] * 3}] * 2, label=[0, 1]),
         "needs one column of encoded images",

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
+from antibackdoor.data.ipc import at_stream, unpacked
 from antibackdoor.data.parquet import declared
 from antibackdoor.data.series import Missing
 from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
@@ -210,7 +211,7 @@ def _schema(file: Path) -> pa.Schema:
     if file.suffix.lower() == ".parquet":
         return pq.read_schema(file)
     with pa.memory_map(str(file)) as source:
-        return _open_arrow(source).schema
+        return pa.ipc.open_stream(at_stream(source)).schema
 
 
 def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
@@ -224,9 +225,10 @@ def _batches(file: Path, column: str) -> Iterator[pa.RecordBatch]:
             yield from table.iter_batches(batch_size=rows, columns=[column], use_threads=False)
         return
     with pa.memory_map(str(file)) as source:
-        reader = _open_arrow(source)
-        count = getattr(reader, "num_record_batches", None)
-        for batch in reader if count is None else (reader.get_batch(k) for k in range(count)):
+        bytes_of = unpacked(source)
+        refuse_growth(file, bytes_of, file.stat().st_size)
+        refuse_beyond_memory(file, bytes_of)
+        for batch in pa.ipc.open_stream(at_stream(source)):
             yield pa.RecordBatch.from_arrays([batch.column(batch.schema.get_field_index(column))], [column])
 
 
@@ -243,15 +245,6 @@ def _check_parquet(file: Path) -> int:
     if told.largest > MAX_GROUP:
         raise InputError(f"{file}: a row group of {told.largest:,} bytes is too large; write it in smaller ones.")
     return max(1, min(256, BATCH_BYTES // max(told.largest, 1)))
-
-
-def _open_arrow(source: pa.NativeFile) -> Any:
-    """`datasets` writes the streaming format, other tools the file format."""
-    import pyarrow as pa
-
-    magic = source.read(6)
-    source.seek(0)
-    return pa.ipc.open_file(source) if magic == b"ARROW1" else pa.ipc.open_stream(source)
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

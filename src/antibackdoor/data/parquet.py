@@ -7,6 +7,7 @@ tell of two billion; whoever unpacks them first counts them afterwards.
 from __future__ import annotations
 
 import mmap
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ MAGIC, WIDTH, DEPTH = b"PAR1", 8, 16
 """Bytes at both ends; bytes that a value takes at most where it is of a fixed size; structs in each other."""
 PAGES = {0: 5, 2: 7, 3: 8}
 """Kind of a page (data, dictionary, data of version 2) -> the field of its header that counts its values."""
+
+LENIENT = re.compile(rb"parquet-mr", re.IGNORECASE)
+STRICT = re.compile(rb"parquet-mr version (1\.2\.9|1\.[3-9]|1\.[1-9]\d|[2-9])", re.IGNORECASE)
+"""For files of old versions, pyarrow reads on behind the end that a column declares."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ def _declared(content: mmap.mmap) -> Declared:
     if content[-4:] != MAGIC or start < len(MAGIC):
         raise ValueError("its end is missing")
     footer = _Compact(content, start, len(content) - 8).struct()
+    if LENIENT.search(footer.get(6) or b"") and not STRICT.search(footer[6]):
+        raise ValueError("parquet-mr before 1.2.9 wrote it, whose pages may lie outside of their columns")
     groups = []
     for group in footer.get(4, []):
         chunks = [chunk[3] for chunk in group[1]]
@@ -108,9 +115,9 @@ class _Compact:
         if kind in (4, 5, 6):
             return self._integer()
         if kind == 7:
-            return self._skip(8)
+            return self._bytes(8)
         if kind == 8:
-            return self._skip(self._varint())
+            return self._bytes(self._varint())
         if kind in (9, 10):
             head = self._byte()
             count = self._varint() if head >> 4 == 15 else head >> 4
@@ -121,8 +128,8 @@ class _Compact:
             return self.struct(depth + 1)
         raise ValueError("a field of an unknown kind")
 
-    def _skip(self, size: int) -> None:
-        """Text, which is not needed."""
-        self.place += size
-        if self.place > self.end:
+    def _bytes(self, size: int) -> bytes:
+        if size > self.end - self.place:
             raise ValueError("it ends too early")
+        self.place += size
+        return self.content[self.place - size : self.place]

@@ -150,16 +150,18 @@ def _check_lines(path: Path, kind: str) -> None:
     """
     data, relational, rows, longest, first = False, False, 0, 0, (0, 0)
     for place, line in _lines(path):
-        lower = line.lower()
-        if kind == ".ts" and not data and re.match(r"\s*[^#\s]timestamps\s+true\b", lower):
-            # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses minus signs and whole numbers.
-            raise InputError(f"{path} holds time stamps, which cannot be read reliably; write the values without them.")
-        relational |= "@attribute" in lower and "relational" in lower
-        if lower.strip() == "@data" if kind == ".ts" else "@data" in lower:
-            data = True
-            continue
-        if not data:
-            continue
+        if not data or (kind == ".arff" and "@" in line):
+            lower = line.lower()
+            if kind == ".ts" and re.match(r"\s*[^#\s]timestamps\s+true\b", lower):
+                # aeon 1.x takes digits out of (time, value) pairs by a pattern that loses signs and whole numbers.
+                raise InputError(
+                    f"{path} holds time stamps, which cannot be read reliably; write the values without them."
+                )
+            relational |= "@attribute" in lower and "relational" in lower
+            starts = lower.strip() == "@data" if kind == ".ts" else "@data" in lower
+            data |= starts
+            if starts or not data:
+                continue
         between, after = (":", ":") if kind == ".ts" else ("\\n", "',") if relational else ("\\n", ",")
         values, _, label = line.rpartition(after)
         channels = values.count(between) + 1 if kind == ".ts" or relational else 1

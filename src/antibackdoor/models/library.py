@@ -61,7 +61,7 @@ def create_library(name: str, spec: Spec) -> nn.Module:
             body = timm.create_model(name, **arguments)
         model = Library(body, channels)
         _check_takes(model, spec)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # what a network says about a size it does not take is anybody's guess
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -19,6 +19,9 @@ from antibackdoor.models.blocks import undisturbed
 from antibackdoor.training.objectives import forward
 from antibackdoor.training.team import scored
 
+BLOCK = 2**16
+"""Rows of logits that are turned into float64 at a time; of a million samples all at once would double the memory."""
+
 
 def pass_size(data: Data, fabric: Fabric) -> int:
     """Samples in a batch of a scoring pass: 512, but on a CPU about 2^18 input values (85 photos of 32 x 32).
@@ -163,10 +166,11 @@ def mixed_logits_of(
 
 def losses(logits: Tensor, y: Tensor) -> Tensor:
     """Cross entropy of each sample `(m,)`, float64 so that confident samples keep an order."""
-    return F.cross_entropy(logits.double(), y.cpu(), reduction="none")
+    parts = zip(logits.split(BLOCK), y.cpu().split(BLOCK), strict=True)
+    return torch.cat([F.cross_entropy(part.double(), labels, reduction="none") for part, labels in parts])
 
 
 def entropies(logits: Tensor) -> Tensor:
     """Entropy of each prediction `(m,)` in nats, float64; 0 log 0 counts as 0."""
-    log_p = F.log_softmax(logits.double(), dim=1)
-    return -(log_p.exp() * log_p).sum(1)
+    parts = (F.log_softmax(part.double(), dim=1) for part in logits.split(BLOCK))
+    return torch.cat([-(log_p.exp() * log_p).sum(1) for log_p in parts])
