@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from antibackdoor.errors import InputError
-from antibackdoor.files import atomically, load_state, read_json, save_state, write_json, write_text
+from antibackdoor.files import append_to, at_once, atomically, load_state, read_json, save_state, write_json, write_text
 from antibackdoor.seeds import derive, generator
 
 
@@ -38,6 +40,31 @@ def test_a_write_replaces_the_file(tmp_path: Path) -> None:
     for text in ("old", "new"):
         write_text(tmp_path / "file", text)
     assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_written_outlasts_the_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content is flushed before it takes its place, and the folder after."""
+    steps: list[str] = []
+
+    def noted(name: str, real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            folder = name == "fsync" and stat.S_ISDIR(os.fstat(given[0]).st_mode)
+            steps.append("flush folder" if folder else {"fsync": "flush file"}.get(name, name))
+            return real(*given)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
+    monkeypatch.setattr(os, "sync", noted("flush all", os.sync))
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(Path, name, noted(name, getattr(Path, name)))
+    write_text(tmp_path / "file", "text")
+    append_to(tmp_path / "log").close()
+    assert steps == ["flush file", "replace", "flush folder", "flush folder"]
+    with at_once(tmp_path / "out") as part:
+        (part / "a").touch()
+        steps.clear()
+    assert steps == ["flush all", "rename", "flush folder"]
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
