@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from antibackdoor.data.arrays import write_npz
@@ -199,6 +200,7 @@ def test_bad_bodies(client: Client, body: bytes, status: int) -> None:
 
 
 OUTSIDE = [
+    "/look",  # nothing was recorded
     "/static/..%2f..%2fserver.py",
     "/static/../server.py",
     "/static/page.html",
@@ -239,6 +241,24 @@ def test_this_machine_only(client: Client) -> None:
     sock.close()
     with pytest.raises(InputError, match="cannot listen"):
         server.listen(client.port)
+
+
+@pytest.mark.parametrize("kind", ["image", "series"])
+def test_where_the_second_head_looks(tmp_path: Path, kind: str) -> None:
+    data = toy_images(20) if kind == "image" else toy_series(20)
+    write_npz(tmp_path / "set.npz", Splits(data))
+    folder = toy_run_of(load(tmp_path / "set.npz"), tmp_path / "run")
+    weight = np.zeros((8, 8), np.float32)
+    weight[:, -2:] = 1
+    mean = np.zeros((8, 8, 3), np.float32) if kind == "image" else weight
+    maps = {"suspects": weight, "trusted": weight, "suspects_mean": mean, "trusted_mean": mean}
+    np.savez(folder / "attention.npz", label="class 1", witness="second head", n=6, **maps)
+    for client in started(open_session(folder)):
+        look = client.get("/api/start")[1]["look"]
+        assert look["label"] == "class 1" and look["title"] == "The second head looks here"
+        assert look["words"].startswith("average of suspects, strongest")
+        status, read = client.get("/look")
+        assert status == 200 and (read[:4] == b"\x89PNG" if kind == "image" else read.count(b"<rect") == 2)
 
 
 def test_series_as_curves(tmp_path: Path) -> None:

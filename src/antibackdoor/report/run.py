@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
         comparison=[row for row in _object(folder / "comparison.json").get("rows", []) if isinstance(row, dict)],
         gallery=_gallery(folder / "gallery.npz"),
         data=_object(folder / "data.json"),
-        attention=_attention(folder / "attention.npz"),
+        attention=read_attention(folder / "attention.npz"),
         has_model=(folder / "model.safetensors").is_file(),
     )
 
@@ -185,7 +185,8 @@ def _gallery(path: Path) -> Gallery | None:
     )
 
 
-def _attention(path: Path) -> Attention | None:
+def read_attention(path: Path) -> Attention | None:
+    """`attention.npz`; None where there is none, InputError where it is damaged."""
     if not path.is_file():
         return None
     try:

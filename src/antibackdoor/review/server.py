@@ -8,6 +8,7 @@ JSON body of a few hundred bytes; row numbers are the only thing a request names
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import io
 import json
@@ -32,7 +33,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from antibackdoor.errors import InputError
+from antibackdoor.report.looks import looks
 from antibackdoor.report.pictures import HEIGHT, WIDTH, picture
+from antibackdoor.report.run import read_attention
 from antibackdoor.report.words import percent, plain
 from antibackdoor.review.decisions import UNDECIDED
 from antibackdoor.review.export import FORMS, export
@@ -120,6 +123,7 @@ class Page:
         self.queues = {"flagged": session.order[ranked], "all": session.order}
         self.exporting = threading.Lock()
         self.trusted = self._trusted()
+        self.looks = looks(read_attention(session.folder / "attention.npz"))
 
     def routes(self) -> list[Route]:
         """The whole surface."""
@@ -127,6 +131,7 @@ class Page:
             Route("/", self.page),
             Route("/static/{name}", self.static),
             Route("/picture/{row:int}", self.picture),
+            Route("/look", self.look),
             Route("/api/start", self.start),
             Route("/api/item/{queue}/{position:int}", self.item),
             Route("/api/decide", self.decide, methods=["POST"]),
@@ -153,6 +158,11 @@ class Page:
             "classes": names,
             "queues": {name: len(rows) for name, rows in self.queues.items()},
             "first": self._open_after("flagged", -1),
+            "look": self.looks and {
+                "label": plain(self.looks.label),
+                "title": plain(f"The {self.looks.witness} looks here"),
+                "words": plain(f"average of suspects, {self.looks.suspects.words}"),
+            },
         })  # fmt: skip
 
     def item(self, request: Request) -> Response:
@@ -238,6 +248,15 @@ class Page:
             Image.fromarray(sample[..., 0] if sample.shape[2] == 1 else sample).save(buffer, format="PNG")
             return Response(buffer.getvalue(), media_type="image/png")
         return Response(_curves(picture(sample).paths), media_type="image/svg+xml")
+
+    def look(self, request: Request) -> Response:
+        """Where a network looks in the suspects of one class, the picture of the report as a file."""
+        if self.looks is None:
+            return _error(404, "not found")
+        drawn = self.looks.suspects.picture
+        if drawn.src:
+            return Response(base64.b64decode(drawn.src.partition(",")[2]), media_type="image/png")
+        return Response(_curves(drawn.paths, drawn.bands or ""), media_type="image/svg+xml")
 
     def _sample(self, row: int) -> npt.NDArray[Any]:
         """A sample as the report draws it: pixels (H, W, C), or a series without its padding."""
@@ -416,8 +435,8 @@ def _error(status: int, sentence: str) -> Response:
     return JSONResponse({"error": sentence}, status)
 
 
-def _curves(paths: tuple[str, ...]) -> str:
-    """An SVG file of the paths; as an image it runs no script and loads nothing."""
+def _curves(paths: tuple[str, ...], bands: str = "") -> str:
+    """An SVG file of the paths, over the bands of a `Picture`; as an image it runs no script and loads nothing."""
     colors = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#868e96")
     drawn = "".join(
         f'<path d="{d}" fill="none" stroke="{colors[i % len(colors)]}" stroke-width="1.5" '
@@ -426,7 +445,7 @@ def _curves(paths: tuple[str, ...]) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'preserveAspectRatio="none">{drawn}</svg>'
+        f'preserveAspectRatio="none"><g fill="#e0672f" opacity="0.75">{bands}</g>{drawn}</svg>'
     )
 
 

@@ -1,7 +1,7 @@
 "use strict";
 // Everything that comes from the data goes into the page as text, never as markup.
 const at = (id) => document.getElementById(id);
-let queue = "flagged", item = null, classes = [], busy = false;
+let queue = "flagged", item = null, classes = [], look = null, busy = false;
 
 async function ask(path, body) {
   const options = body === undefined ? {} : {
@@ -39,12 +39,19 @@ function words(decision) {
   return decision.name === "relabel" ? "relabeled: " + decision.label : decision.name === "undecided" ? "open" : decision.name;
 }
 
-function thumbnail(row, name, size) {
+function thumbnail(source, name, size) {
   const image = document.createElement("img");
-  image.src = "picture/" + row;
+  image.src = source;
   image.alt = name;
   image.width = image.height = size;
   return image;
+}
+
+function compared(words, images) {
+  const figure = document.createElement("figure"), caption = document.createElement("figcaption");
+  caption.textContent = words;
+  figure.append(caption, ...images);
+  return figure;
 }
 
 function counts(told) {
@@ -79,17 +86,15 @@ async function show(position, said = "") {
     button.dataset.name = other.decision.name;
     if (other.position === item.position) button.setAttribute("aria-current", "true");
     button.title = words(other.decision);
-    button.append(thumbnail(other.row, `sample ${other.position + 1}, ${words(other.decision)}`, 72));
+    button.append(thumbnail("picture/" + other.row, `sample ${other.position + 1}, ${words(other.decision)}`, 72));
     button.addEventListener("click", () => step(() => show(other.position)));
     return button;
   }));
   if (inside) at("strip").querySelector("[aria-current]").focus();
-  at("references").replaceChildren(...item.references.filter((group) => group.rows.length).map((group) => {
-    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
-    caption.textContent = `Trusted, labeled ${group.label}`;
-    figure.append(caption, ...group.rows.map((row) => thumbnail(row, `trusted sample labeled ${group.label}`, 96)));
-    return figure;
-  }));
+  const groups = item.references.filter((group) => group.rows.length).map((group) => compared(`Trusted, labeled ${group.label}`,
+    group.rows.map((row) => thumbnail("picture/" + row, `trusted sample labeled ${group.label}`, 96))));
+  if (look && look.label === item.label) groups.unshift(compared(look.title, [thumbnail("look", look.words, 96)]));
+  at("references").replaceChildren(...groups);
   counts(item.counts);
   const suggested = item.suggested ? `, suggested ${item.suggested.name}` : "";
   const now = `Now ${item.id}, labeled ${item.label}${suggested}, ${words(item.decision)}.`;
@@ -171,6 +176,7 @@ at("queue").addEventListener("change", () => step(async () => {
 step(async () => {
   const start = await ask("api/start");
   classes = start.classes;
+  look = start.look;
   document.body.dataset.kind = start.kind;
   at("run").textContent = start.run;
   at("class").replaceChildren(...classes.map((name, code) => {
