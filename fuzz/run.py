@@ -188,23 +188,26 @@ def child(target: str, folder: Path, seconds: int, seed: int, guided: bool) -> N
     """Run one target until the time is over."""
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     counted, seeds, kept = Counted(target, folder), seeds_of(target), folder / "corpus"
+    rng, begun = random.Random(seed), time.monotonic()
+    while guided and target in TEXTS and time.monotonic() - begun < seconds / 4:
+        counted(mutated(seeds, rng, LONG))  # long ones blindly: those that libFuzzer keeps, it keeps in memory
     if guided:
         import atheris
 
         kept.mkdir(exist_ok=True)
         for number, content in enumerate(seeds):
             (kept / f"seed-{number}").write_bytes(content)
-        for number in range(4 if target in TEXTS else 0):
-            (kept / f"long-{number}").write_bytes(
-                (random.Random(seed + number).choice(seeds) * (4**number * 100))[:LONG]
-            )
-        arguments = [f"-max_total_time={seconds}", f"-max_len={longest(target)}", f"-seed={seed}", "-rss_limit_mb=0"]
+        arguments = [
+            f"-max_total_time={max(1, seconds - int(time.monotonic() - begun))}",
+            f"-max_len={LONGEST}",
+            f"-seed={seed}",
+            "-rss_limit_mb=0",
+        ]
         atheris.Setup([target, *arguments, "-timeout=600", "-verbosity=0", str(kept)], counted)
         atheris.Fuzz()  # does not come back
-    rng, end = random.Random(seed), time.monotonic() + seconds
     for content in seeds:
         counted(content)
-    while time.monotonic() < end:
+    while time.monotonic() - begun < seconds:
         counted(mutated(seeds, rng, longest(target)))
     counted.tell()
 

@@ -38,6 +38,8 @@ MAX_STEPS = 2**22
 """Values in a line of a table of series; 95 seconds of sound on a compact disc."""
 UNPACKED, RATIO = 2**27, 200
 """What grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
+MAX_MEMBERS = 10_000
+"""Files in an archive of arrays; each takes time whenever the archive is opened."""
 ROW_BYTES, ROW_COST = 4, 256
 """Bytes of a file that a row takes at least, so that a repeated one costs something; bytes of memory for its name."""
 
@@ -155,7 +157,10 @@ def refuse_bomb(path: Path) -> None:
     Nothing beyond the declared size is ever unpacked, so a declaration that lies only loses its end.
     """
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
+        members = archive.infolist()
+    if len(members) > MAX_MEMBERS:
+        raise InputError(f"{path} holds {len(members):,} files; at most {MAX_MEMBERS:,} make sense.")
+    unpacked = sum(member.file_size for member in members)
     refuse_growth(path, unpacked, path.stat().st_size)
 
 

@@ -204,6 +204,10 @@ ARRAYS: dict[str, Case] = {
         lambda path: written(path.with_suffix(".npz"), b"PK\x05\x06" + bytes(18)),
         "needs the arrays .* it holds nothing",
     ),
+    "ten thousand empty members": (
+        lambda path: zipped(path.with_suffix(".npz"), {f"{k}.npy": b"" for k in range(10_001)}),
+        "holds 10,001 files; at most 10,000 make sense",
+    ),
     "members with paths": (
         lambda path: zipped(path.with_suffix(".npz"), {"../x.npy": b"", "/etc/y.npy": b""}),
         r"it holds \.\./x, /etc/y",

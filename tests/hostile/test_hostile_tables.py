@@ -201,7 +201,7 @@ TABLES: dict[str, Case] = {
     ),
     "five million labels in some kilobytes": (packed, "declares 5,000,000 rows in .* bytes; it is a bomb"),
     "two hundred megabytes in some kilobytes": (unpacking, "set.arrow would take 191 MiB, .* times its size"),
-    "arrow whose directory tells of more": (forgotten, "lists 2 batches in its directory, but holds 1"),
+    "arrow whose directory tells of more": (forgotten, "its directory lists 2 batches, but it holds 1"),
     "images that are lists of nothing": (
         table("arrow", image=[{"bytes": [None] * 3}] * 2, label=[0, 1]),
         "needs one column of encoded images",

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from antibackdoor.errors import InputError
-
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -26,7 +24,7 @@ def at_stream(source: pa.NativeFile) -> pa.NativeFile:
 
 
 def unpacked(source: pa.NativeFile) -> int:
-    """Bytes of all its buffers unpacked; InputError where its directory tells of other batches than there are."""
+    """Bytes of all its buffers unpacked; ValueError where its directory tells of other batches than there are."""
     import pyarrow as pa
 
     source.seek(0)
@@ -37,7 +35,7 @@ def unpacked(source: pa.NativeFile) -> int:
             batches += message.type == "record batch"
             total += sum(_sizes(message.metadata.to_pybytes(), message.body))
     if listed not in (None, batches):
-        raise InputError(f"an arrow file lists {listed} batches in its directory, but holds {batches}; write it anew.")
+        raise ValueError(f"its directory lists {listed} batches, but it holds {batches}")
     return total
 
 
