@@ -85,7 +85,7 @@ class Jury(Defense):
     bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
     main: Annotated[Recipe, Field(description="of the model; its augmentation once poison is nowhere or set apart")] = (
-        Recipe(min_steps=800)
+        Recipe(min_steps=640)
     )
 
     def run(self, job: Job) -> Outcome:
