@@ -66,6 +66,7 @@ from toy import toy_images, toy_series
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 TIMES = {"seconds", "wall_seconds", "peak_memory_mib", "environment", "threads"}
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+ORDERLY = tuple(STATUS)
 GRID = """
 [[cells]]
 data = ["digits"]
@@ -175,7 +176,8 @@ class Process:
         os.setsid()
         for number in (1, 2):
             os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
+        for number in ORDERLY:  # before and after the command a signal meets this program, not the command's handling
+            signal.signal(number, signal.SIG_IGN)
         Job.checkpoint_seconds = bench_cell.CHECKPOINT_SECONDS = checkpoint
         begun, run_epoch = Path(f"{out}.epochs"), Fit.run_epoch
 
@@ -199,11 +201,16 @@ class Process:
         sys.argv = ["antibackdoor", *words]
         status = 0
         try:
-            cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        for number in (signal.SIGTERM, signal.SIGINT):  # the command is over; what follows is not its own
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
+            try:
+                cli.main()
+            except SystemExit as end:
+                status = int(end.code or 0)
+            for number in ORDERLY:
+                signal.signal(number, signal.SIG_IGN)
+        except KeyboardInterrupt:  # while the lines above were run
+            for number in ORDERLY:
+                signal.signal(number, signal.SIG_IGN)
         sys.stdout.flush()
         Path(f"{self.log}.changes").write_text(str(seen))
         os._exit(status)
