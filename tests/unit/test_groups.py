@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.training.groups import clarity, halves, shared, weighed
+from antibackdoor.training.groups import clarity, company, halves, shared, weighed
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -96,3 +96,43 @@ def test_clarity_of_one_distribution_and_of_two_groups() -> None:
     assert clarity(normal(20000, 10)) == pytest.approx(4.24, abs=0.1)  # of standard deviation 1, wherever it lies
     assert clarity(0.1 * normal(20000, 10) + 0.5) == pytest.approx(0.424, abs=0.01)
     assert clarity(torch.cat([normal(50, 11), normal(50, 12) + 20]) / 20) > 10
+
+
+@pytest.mark.parametrize(("m", "expected"), [(1, 0), (2, 1), (5, 1), (25, 2), (199, 19), (200, 20), (5000, 20)])
+def test_with_how_many_a_sample_shares(m: int, expected: int) -> None:
+    assert company(m, 20) == expected
+
+
+def test_opinions_are_added_as_they_divide_worked_by_hand() -> None:
+    """Clarity of (0, 0, 1, 1) is 1 / 0.05, its standardized values are -1 and 1; (0, 0.5, 0, 0.5) has 0.5^2 / 0.05."""
+    labels = torch.zeros(4, dtype=torch.int64)
+    one, other = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 0.5, 0.0, 0.5])
+    heard = weighed([one], other, labels)
+    assert heard.tolist() == pytest.approx([-1.0, (5 - 20) / 25, (20 - 5) / 25, 1.0])
+
+
+def test_a_turned_opinion_counts_the_other_way_however_clear_it_is() -> None:
+    group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
+    firm, late = 0.5 * group + 0.05 * normal(100, 3), ~group + 0.01 * normal(100, 4)
+    assert clarity(late) > 3 * clarity(firm) > 3 * 1.5
+    heard = weighed([firm], late, labels)
+    assert heard[group].min() > heard[~group].max()
+
+
+def test_the_upper_group_is_the_one_further_from_zero() -> None:
+    assert halves(torch.tensor([-1.58, 1.5, -1.58, 1.5]).double())[0].tolist() == [True, False, True, False]
+    assert halves(torch.tensor([-12.0, 1.0, -10.0, 2.0]).double())[0].tolist() == [True, False, True, False]
+    assert halves(torch.tensor([-1.5, 1.58, -1.5, 1.58]).double())[0].tolist() == [False, True, False, True]
+
+
+def test_how_far_groups_lie_apart_by_hand() -> None:
+    group, apart = halves(torch.tensor([10.0, 0.0, 11.0, 1.0, 12.0]).double())
+    assert group.tolist() == [True, False, True, False, True]
+    assert apart == pytest.approx(10.5 / math.sqrt((0.25 + 2 / 3) / 2))
+    assert halves(torch.tensor([0.0, 0.0, 1.0, 1.0]).double())[1] == 1e6
+
+
+def test_clarity_by_hand() -> None:
+    assert clarity(torch.tensor([0.3])) == 0.0
+    assert clarity(torch.tensor([0.0, 1.0])) == pytest.approx(20)
+    assert clarity(torch.tensor([0.0, 0.2, 0.8, 1.0])) == pytest.approx(0.8 / 0.1 * 0.8)

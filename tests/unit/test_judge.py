@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from antibackdoor.bench.judge import accuracy, attack_measures, detection_measures, partition_measures, share
+from antibackdoor.bench.judge import (
+    Experiment,
+    accuracy,
+    attack_measures,
+    detection_measures,
+    partition_measures,
+    share,
+    trace_of,
+)
 from antibackdoor.data.core import Data, Spec, Truth
 from antibackdoor.defenses import Outcome, Partition
 from tiny import FABRIC
@@ -130,3 +138,17 @@ def test_partition_measures_by_hand() -> None:
     assert got["true_labels_recovered"] == {"value": 1.0, "count": 1, "n": 1}
     assert got["labels_moved_off_target"] == {"value": 1.0, "count": 1, "n": 1}
     assert got["poison_among_recovered"] == {"value": 1.0, "count": 1, "n": 1}
+
+
+def test_what_a_trace_tells_by_hand() -> None:
+    train = saying([0, 0, 1, 2], [0, 1, 1, 1], "pqrs")
+    clean = trace_of(train, TEST, None, FABRIC)("main", Reader())
+    assert clean == {"main_clean_accuracy": pytest.approx(5 / 6), "main_train_accuracy_clean": 0.5}
+    truth = Truth(torch.tensor([True, True, False, False]), ZEROS.bool(), train.y, ZEROS)
+    told = trace_of(train, TEST, Experiment(truth, TRIGGERED, torch.tensor([0, 1, 0, 0])), FABRIC)("main", Reader())
+    assert told == {
+        "main_clean_accuracy": pytest.approx(5 / 6),
+        "main_attack_success_rate": 0.25,
+        "main_train_accuracy_clean": 0.5,
+        "main_train_accuracy_poisoned": 0.5,
+    }

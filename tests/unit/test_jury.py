@@ -267,3 +267,37 @@ def test_an_outsider_learns_from_so_many_samples_of_all_classes_but_its_own(monk
 def test_the_defaults_follow_the_size_of_the_set(n: int, batch: int, epochs: int) -> None:
     main = Jury().main
     assert (main.batch_for(n), main.epochs_for(n) * main.passes_for(n)) == (batch, epochs)
+
+
+def test_when_the_others_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    court = Court(hearing=0.25)
+    heard, hearing = list[int](), court.hearing
+    monkeypatch.setattr(hearing, "_hear", heard.append)
+    epochs = court.job.recipe(court.options.main).epochs_for(40)
+    assert hearing.first == 0.25 * epochs and hearing.partitions[0].epoch == 0
+    records = {"main": torch.tensor([1.0, 3.0, torch.nan])}
+    told = hearing.after_epoch(court.job.model(), int(hearing.first) - 1, records)
+    assert heard == [] and told == {"main_loss": 2.0, "used": 0.5}
+    hearing.after_epoch(court.job.model(), math.ceil(hearing.first), records)
+    assert heard == [math.ceil(hearing.first)]
+
+
+def test_the_averaged_model_is_the_one_that_answers() -> None:
+    court = Court()
+    court.hearing.average.values["fc.bias"] += torch.tensor([0.0, 0.0, 1e4, 0.0])
+    court.hearing._hear(1)
+    found = court.hearing.findings
+    assert torch.equal(court.hearing.witness.fc.bias, court.hearing.average.values["fc.bias"])  # type: ignore[union-attr]
+    assert [f["count"] for f in found] == [5, 5, 0, 5], "it takes everything for class 2"
+    assert found[2]["early"] == 0.0 and court.hearing.deposition.finding(2, court.given)["early"] == 0.0
+
+
+def test_scores_are_the_doubt_and_of_those_apart_certain() -> None:
+    court = Court(apart=[25, 29])
+    court.hear(court.given)
+    court.hearing.average.values["fc.bias"] += torch.tensor([0.0, 1e4, 0.0, 0.0])
+    found = court.hearing.outcome(court.job.model())
+    assert found.probability[[25, 29]].tolist() == [1.0, 1.0] and found.probability[1] == 0
+    suspicion = court.hearing.deposition.suspicion
+    torch.testing.assert_close(found.scores, found.probability + 0.01 * suspicion)
+    assert set(found.flagged.nonzero().flatten().tolist()) == {25, 29} and (found.suggested == -1).all()

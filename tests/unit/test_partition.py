@@ -16,7 +16,8 @@ from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
-from antibackdoor.training.ranking import LossDrop
+from antibackdoor.training.loop import Recipe
+from antibackdoor.training.ranking import LossDrop, Persistence
 from tiny import FABRIC
 from toy import toy_images
 
@@ -193,3 +194,27 @@ def test_who_is_suspect_and_how_often_the_main_head_disagreed() -> None:
     assert found.probability[13] == pytest.approx(1 - float(sure[1])) and found.probability[0] == 0
     assert found.probability[1] == pytest.approx(1 - float(sure[0]))
     assert set(found.reasons) == {1, 5} and "'class 1'" in found.reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "skip"), [({"window": 0.5, "mixing": False}, 4), ({"window": 0.25}, 12), ({"loss_history": "init"}, 0)]
+)
+def test_how_much_of_the_history_counts(options: dict[str, Any], skip: int) -> None:
+    """Eight epochs, one look after each, two with mixing."""
+    warm_up = Recipe(epochs=8, min_steps=0, batch_size=64)
+    ranking = Trap(E2ABL(warm_up=warm_up, **options), Job(toy_images(20), fabric=FABRIC)).ranking
+    assert isinstance(ranking, Persistence) and ranking.skip == skip
+
+
+def test_after_an_epoch_samples_are_ranked_and_split_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(monkeypatch, TOP, {}, **PAPER, refresh="epoch")
+    added = list[Tensor]()
+    monkeypatch.setattr(heads.dual.trap.ranking, "add", added.append, raising=False)
+    monkeypatch.setattr(dual_head, "Tap", SimpleNamespace)
+    heads.split()
+    heads.scores[[1, 3]] = torch.tensor([0.0, 30.0])  # 3 takes the place of 1
+    records = {"main": torch.tensor([1.0, 3.0, torch.nan]), "second": torch.arange(20.0)}
+    told = heads.dual.after_epoch(cast(Any, heads.tap), 2, records)
+    assert added == [records["second"]] and len(heads.dual.partitions) == 2
+    assert rows_of(heads.dual.partitions[-1].isolated) == {3, *TOP} - {1}
+    assert told == {"main_loss": 2.0, "second_loss": float(records["second"][TOP].mean()), "churn": 0.1}

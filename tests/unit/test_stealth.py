@@ -54,6 +54,24 @@ def test_ssim_of_flat_images_and_of_equal_ones() -> None:
     assert ssim(x[..., :3, :2], x[..., :3, :2]).tolist() == pytest.approx([1, 1])  # smaller than the window
 
 
+def test_ssim_by_the_formula_pixel_by_pixel() -> None:
+    rng = torch.Generator().manual_seed(2)
+    one, two = (torch.rand(1, 1, 7, 9, generator=rng, dtype=torch.float64) for _ in range(2))
+    line = torch.tensor([math.exp(-((k - 3) ** 2) / (2 * 1.5 * 1.5)) for k in range(7)], dtype=torch.float64)
+    window = torch.outer(line, line) / line.sum() ** 2
+    first, second = (torch.nn.functional.pad(x, [3] * 4, mode="reflect")[0, 0] for x in (one, two))
+    found = []
+    for i in range(7):
+        for j in range(9):
+            a, b = first[i : i + 7, j : j + 7], second[i : i + 7, j : j + 7]
+            m1, m2 = float((window * a).sum()), float((window * b).sum())
+            s1, s2 = float((window * (a - m1) ** 2).sum()), float((window * (b - m2) ** 2).sum())
+            s12 = float((window * (a - m1) * (b - m2)).sum())
+            top = (2 * m1 * m2 + 1e-4) * (2 * s12 + 9e-4)
+            found.append(top / ((m1 * m1 + m2 * m2 + 1e-4) * (s1 + s2 + 9e-4)))
+    assert float(ssim(one.float(), two.float())) == pytest.approx(sum(found) / len(found), abs=1e-5)
+
+
 def test_a_small_patch_is_harder_to_see_than_a_large_one() -> None:
     clean = toy_images(80)
     small, large = (BadNets(size=size).poison(clean, {}, 0) for size in (2, 6))
