@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from antibackdoor.cli import frame
 from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load
@@ -439,3 +440,22 @@ def test_killed_commands_go_on_to_the_same(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "of 5 cases; 0 problems" in done.stdout, done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_library_takes_for_a_failure_of_its_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    """Sent while aeon was imported, it came out as an ImportError, and as the advice to install aeon."""
+
+    def listing(*_: object) -> None:
+        try:
+            frame.RECEIVED.append(number)
+            raise frame.stop_by(number)
+        except KeyboardInterrupt:
+            raise InputError("it needs the package aeon.") from None
+
+    monkeypatch.setattr("antibackdoor.listing.listing", listing)
+    assert "aeon" not in run("list", status=status).output
+    monkeypatch.undo()
+    run("list", "attacks")

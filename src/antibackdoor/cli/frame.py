@@ -27,6 +27,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers and containers send it, ends a command as orderly as Ctrl-C does."""
 
 
+RECEIVED: list[int] = []
+"""Signals that were to end the command that runs."""
+
+
+def stop_by(number: int) -> KeyboardInterrupt:
+    """What a signal that ends a command raises."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
 class Group(TyperGroup):
     """Turns what goes wrong into a sentence and an exit status; ANTIBACKDOOR_DEBUG=1 shows tracebacks."""
 
@@ -41,8 +50,14 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        RECEIVED.clear()
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except Exception:
+                if RECEIVED:  # a library took the signal for a failure of its own, as aeon's do while they are imported
+                    raise stop_by(RECEIVED[0]) from None
+                raise
         except InputError as error:
             fail(str(error), 2, as_json=ctx.meta.get(JSON, False))
         except typer.TyperException as error:  # a word that the command does not take
@@ -113,10 +128,13 @@ def fail(sentence: str, status: int, *, as_json: bool = False) -> NoReturn:
 def end_orderly() -> None:
     """Let SIGTERM unwind the command as Ctrl-C does, so that it closes what it holds and says how to go on."""
 
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise Terminated
+    def stop(number: int, frame: object) -> NoReturn:
+        RECEIVED.append(number)
+        raise stop_by(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, stop)
 
 
 def main() -> None:
