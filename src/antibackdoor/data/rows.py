@@ -16,8 +16,8 @@ from antibackdoor.data.core import Rows
 
 RESIDENT = 2**26
 """Bytes of a mapped file that a process holds on to at a time."""
-AROUND = 2**16
-"""Bytes that the system maps around the one that is asked for."""
+AROUND = 2**20
+"""Bytes that the system maps around the one that is asked for: a whole block of its cache, of up to some MiB."""
 
 
 class MemoryMap:
