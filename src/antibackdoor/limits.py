@@ -177,7 +177,10 @@ def containment(folder: Path) -> Callable[[Path], bool]:
     def contained(path: Path) -> bool:
         if path.parent not in parents:
             parents[path.parent] = resolved(path.parent)
-        return parents[path.parent] and (not path.is_symlink() or resolved(path))
+        try:
+            return parents[path.parent] and (not path.is_symlink() or resolved(path))
+        except OSError:  # a name that is too long to be one
+            return False
 
     return contained
 

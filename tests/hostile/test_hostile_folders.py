@@ -20,6 +20,7 @@ from antibackdoor.data.truth import read_targets, read_truth
 from antibackdoor.errors import InputError
 from antibackdoor.exports import export_run, read_suspects
 from antibackdoor.files import append_to, at_once, atomically, load_state, lock
+from antibackdoor.limits import inside
 from antibackdoor.report.run import read_run
 from antibackdoor.review.export import export
 from antibackdoor.review.session import open_session
@@ -438,3 +439,8 @@ def test_tables_by_any_separator(tmp_path: Path) -> None:
     export(session, tmp_path / "csv", "csv")
     assert (tmp_path / "csv" / "labels.csv").read_text().splitlines()[1] == '"d;e","class 3","train"'
     assert np.all(session.decisions.codes[:3] == -3)
+
+
+def test_a_name_too_long_to_be_one_leads_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="link out of the data set"):
+        inside(tmp_path / ("a" * 5000), tmp_path)

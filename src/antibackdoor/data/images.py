@@ -339,7 +339,7 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
     if pixels > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
     scans = _scans(encoded) if encoded.startswith(b"\xff\xd8") else 1
-    if scans > MAX_SCANS or scans * pixels > 16 * MAX_PIXELS:
+    if scans > MAX_SCANS or scans * pixels > 6 * MAX_PIXELS:
         raise ValueError(f"{scans} scans of {image.width}x{image.height} pixels are more than any honest JPEG has")
     with _ONE_AT_A_TIME if pixels > LARGE else nullcontext():
         return _decoded(image, encoded, size)
