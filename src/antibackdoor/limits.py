@@ -177,16 +177,17 @@ def containment(folder: Path) -> Callable[[Path], bool]:
     def contained(path: Path) -> bool:
         if path.parent not in parents:
             parents[path.parent] = resolved(path.parent)
-        try:
-            return parents[path.parent] and (not path.is_symlink() or resolved(path))
-        except OSError:  # a name that is too long to be one
-            return False
+        return parents[path.parent] and (not path.is_symlink() or resolved(path))
 
     return contained
 
 
 def inside(path: Path, folder: Path) -> Path:
     """`path`, found in a data set's `folder`; InputError where it is a link that leads out of it."""
-    if not containment(folder)(path):
+    try:
+        contained = containment(folder)(path)
+    except OSError as error:  # a name that is too long to be one
+        raise InputError(f"cannot read {path}: {error.strerror}.") from None
+    if not contained:
         raise InputError(f"{path} is a link out of the data set; put the file itself there.")
     return path
