@@ -26,6 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from shortage import short_of_memory
+
 HERE = Path(__file__).resolve().parent
 os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
 """By its own, pyarrow reserves a GiB at its first use, which is all that an input may take."""
@@ -96,15 +98,6 @@ def mutated(seeds: list[bytes], rng: random.Random, limit: int = LONGEST) -> byt
 def seeds_of(target: str) -> list[bytes]:
     """The corpus of a target; `damaged` files once broke it."""
     return [path.read_bytes() for path in sorted((HERE / "corpus" / target).iterdir())]
-
-
-def short_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one behind it, says that there is no memory left."""
-    while error is not None:
-        if isinstance(error, MemoryError) or re.search(r"out of memory|unable to allocate", str(error), re.IGNORECASE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class Hang(BaseException):

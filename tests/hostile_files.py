@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from shortage import short_of_memory
 
 from antibackdoor.errors import LONGEST, InputError
 
@@ -36,15 +37,6 @@ def refused(call: Callable[[], object], sentence: str) -> str:
     assert re.search(sentence, told), told
     assert told.isprintable() and len(told) <= LONGEST + 5
     return told
-
-
-def short_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one behind it, says that there is no memory left."""
-    while error is not None:
-        if isinstance(error, MemoryError) or re.search(r"out of memory|unable to allocate", str(error), re.IGNORECASE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager
