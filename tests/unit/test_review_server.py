@@ -25,6 +25,7 @@ from toy import toy_images, toy_series
 from toy_review import toy_run_of
 
 server = pytest.importorskip("antibackdoor.review.server", reason="the extra `review` is not installed")
+guard = pytest.importorskip("antibackdoor.review.guard")
 
 
 class Client:
@@ -327,7 +328,7 @@ def test_connections_without_a_whole_request_are_closed(
     client: Client, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """More of them than are served at once keep the user out for some seconds only."""
-    monkeypatch.setattr(server, "PATIENCE", 1.0)
+    monkeypatch.setattr(guard, "PATIENCE", 1.0)
     text = HALVES[case].replace(b"{{", b"{").replace(b"{root}", client.root.encode())
     slow = [socket.create_connection(("127.0.0.1", client.port), timeout=10) for _ in range(70)]
     try:
@@ -343,7 +344,7 @@ def test_connections_without_a_whole_request_are_closed(
 
 
 def test_a_request_that_takes_long_is_answered(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    monkeypatch.setattr(guard, "PATIENCE", 0.2)
     export = server.export
     monkeypatch.setattr(server, "export", lambda *given, **more: time.sleep(0.8) or export(*given, **more))
     assert client.post("/api/export", {"form": "npz", "undecided": "keep"})[0] == 200
