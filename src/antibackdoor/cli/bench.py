@@ -82,11 +82,10 @@ def bench(
         raise InputError("give a grid to run, or --table to see what the ledger holds.")
     read = None if grid is None else read_grid(grid, profile)
     cells, ledger, broken = [] if read is None else read.cells(only), Ledger(out), []
-    done = [name for cell in cells if (name := cell.name()) in ledger]
     if plan and read is not None:
-        estimates = Estimates(out, device)
+        done, estimates = [name for cell in cells if (name := cell.name()) in ledger], Estimates(out, device)
         if as_json:
-            missing = {name: estimates.seconds(cell) for cell in cells if (name := cell.name()) not in done}
+            missing = {name: estimates.seconds(cell) for cell in cells if (name := cell.name()) not in ledger}
             print_json(ctx, {"done": done, "missing": missing, "excluded": read.excluded()})
         else:
             typer.echo(
