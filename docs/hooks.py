@@ -19,9 +19,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace("<!-- listing -->", tables())
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", helps())
+    markdown = markdown.replace("<!-- formats -->", formats())
     return re.sub(
         r"<!-- example (\S+) -->", lambda found: example(Path(page.file.abs_src_path).parent / found[1]), markdown
     )
+
+
+def formats() -> str:
+    """The README's table of what can be read, which stands there only."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    return readme.split("In place of `photos`:\n\n")[1].split("\n\n")[0]
 
 
 def tables() -> str:
