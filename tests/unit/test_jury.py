@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -13,8 +14,10 @@ from tests.toy import toy_images
 from torch import Tensor
 
 from antibackdoor.data.batches import gather
+from antibackdoor.defenses import hearing
 from antibackdoor.defenses.hearing import OUT, Deposition, Hearing
 from antibackdoor.defenses.jury import Jury
+from antibackdoor.files import load_state, save_state
 from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
@@ -68,11 +71,11 @@ def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
-    def __init__(self, apart: Sequence[int] = (), **options: float):
+    def __init__(self, apart: Sequence[int] = (), **given: float):
         self.data = toy_images(40)
         self.given = self.data.y
         self.place = torch.stack([(self.given[:i] == self.given[i]).sum() for i in range(40)])
-        self.options = Jury(trusted=0.5, excluded=0.2, **options)
+        self.options = Jury(**{"trusted": 0.5, "excluded": 0.2, **given})
         self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
         self.ease, self.apart = self.place.double(), torch.isin(torch.arange(40), torch.tensor(apart))
         suspicion = torch.where(self.apart, 1.0, (self.place + 0.5) / 10)
@@ -166,12 +169,22 @@ def test_samples_set_apart_convict_their_class_and_never_learn_as_labeled() -> N
     assert all("set apart" in outcome.reasons[row] for row in rows[:2] if outcome.suggested[row] < 0)
 
 
+def test_of_a_class_divided_beyond_doubt_just_those_apart_never_learn() -> None:
+    court = Court(apart=[25])  # labeled 1, as are 29, 33 and 37, which are more suspicious by themselves
+    court.hear(court.given)
+    assert (court.hearing.labels == OUT).nonzero().flatten().tolist() == [25]
+
+
 def test_samples_learned_late_accuse_nobody() -> None:
     court = Court()
     court.hearing.early = 1 - court.hearing.early
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
     assert not any(f["attacked"] for f in court.hearing.findings)
     assert torch.equal(court.hearing.labels, court.given)
+    neither = Court()
+    neither.hearing.early[:] = 0.5  # neither in the easier half of the whole set nor in the other
+    neither.hear(neither.elsewhere((neither.given == 1) & (neither.place >= 5)))
+    assert neither.hearing.findings[1]["early"] == 0.5 and not neither.hearing.findings[1]["attacked"]
 
 
 def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
@@ -180,6 +193,28 @@ def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
     found = court.hearing.findings[1]
     assert found["count"] == 5 and found["alike"] == pytest.approx(2 / 3) and not found["attacked"]
     assert torch.equal(court.hearing.labels, court.given)
+
+
+@pytest.mark.parametrize(("limit", "attacked"), [(1 - 10 / 30, False), (0.67, True)])
+def test_what_is_alike_enough_to_be_a_rare_kind(limit: float, attacked: bool) -> None:
+    """All five look like class 2, which is 10 of the 30 samples of other classes: 2/3 off the mix, that or more."""
+    court = Court(alike=limit)
+    court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
+    assert court.hearing.findings[1]["attacked"] == attacked
+
+
+def test_fewer_than_mistakes_explain_accuse_nobody() -> None:
+    """Four of five are taken for others: at least 43.6 % are, by the interval."""
+    for acquittal, attacked in ((0.43, True), (0.44, False)):
+        court = Court(acquittal=acquittal)
+        court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)))
+        assert court.hearing.findings[1]["count"] == 4 and court.hearing.findings[1]["attacked"] == attacked
+
+
+def test_an_answer_counts_from_the_confidence_that_was_asked_for() -> None:
+    court = Court(confidence=0.75)
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)), confidence=0.75)
+    assert court.hearing.findings[1]["count"] == 5 and court.hearing.findings[1]["attacked"]
 
 
 def test_an_unsure_model_accuses_nobody() -> None:
@@ -193,6 +228,54 @@ def test_a_class_once_found_attacked_stays_so() -> None:
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
     court.hear(court.given)
     assert court.hearing.findings[1]["attacked"] and court.hearing.findings[1]["count"] == 5
+
+
+def test_a_class_once_acquitted_may_be_found_attacked_later() -> None:
+    court = Court()
+    court.hear(court.given)
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
+    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+
+
+def test_a_class_divided_beforehand_is_heard_too() -> None:
+    court = Court(apart=[1, 5])  # the two that are the least suspicious otherwise
+    before = court.hearing.findings[1]
+    assert before["attacked"] and (before["apart"], before["n"]) == (2, 0)
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 8)))
+    assert (court.hearing.findings[1]["count"], court.hearing.findings[1]["n"]) == (2, 7)
+
+
+def test_what_a_class_is_known_for_before_it_is_heard() -> None:
+    apart = torch.isin(torch.arange(40), torch.tensor([1, 5, 8]))  # two of class 1, one of class 0
+    rest = torch.zeros(40)
+    witnesses = Deposition(cast(Tap, None), rest, rest, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0])
+    nobody = {"count": 0, "n": 0, "early": 0.0, "alike": 0.0}
+    given = torch.arange(40) % 4
+    told = [witnesses.finding(label, given) for label in range(3)]
+    assert told == [
+        {**nobody, "bond": 0.1, "division": 5.0, "apart": 1, "attacked": True},
+        {**nobody, "bond": 0.2, "division": 6.0, "apart": 2, "attacked": True},
+        {**nobody, "bond": 0.3, "division": 7.0, "apart": 0, "attacked": False},
+    ]
+    evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, bond=3.0, division=4.0))
+    assert evidence == {
+        "by_class": told,
+        "limits": {"acquittal": 0.1, "alike": 0.2, "bond": 3.0, "division": 4.0},
+    }
+
+
+def test_who_was_kept_back_and_given_back_is_kept_for_the_judge() -> None:
+    court = Court()
+    planted = (court.given == 1) & (court.place >= 8)  # their class, 1, becomes attacked; 6 and 7 of it stay
+    answers = court.elsewhere(planted | ((court.given == 1) & (court.place == 5)))
+    court.hear(answers)
+    first, second = court.hearing.partitions
+    late, out = court.place >= 5, court.hearing.labels == OUT
+    assert not out.any() and (first.epoch, second.epoch) == (0, 1)
+    assert torch.equal(first.isolated, late) and not first.recovered.any()
+    assert torch.equal(first.labels, torch.where(late, 0, court.given)), "labels that nobody learns are 0"
+    assert torch.equal(second.isolated, late) and torch.equal(second.recovered, late)
+    assert torch.equal(second.labels, answers)
 
 
 def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
@@ -255,8 +338,7 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
     nobody = torch.zeros(40, dtype=torch.bool)
     deposition = deposed(within(torch.rand(40), data.y), torch.rand(40), nobody)
-    hearing = Hearing(Jury(), job, job.model(), deposition)
-    assert hearing.trusted[0]
+    assert Hearing(Jury(), job, job.model(), deposition).trusted[0]
 
 
 def test_an_outsider_learns_from_so_many_samples_of_all_classes_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,16 +361,16 @@ def test_the_defaults_follow_the_size_of_the_set(n: int, batch: int, epochs: int
 
 
 def test_when_the_others_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    court = Court(hearing=0.25)
-    heard, hearing = list[int](), court.hearing
-    monkeypatch.setattr(hearing, "_hear", heard.append)
+    court = Court(hearing=0.25, trusted=0.3)
+    heard, objective = list[int](), court.hearing
+    monkeypatch.setattr(objective, "_hear", heard.append)
     epochs = court.job.recipe(court.options.main).epochs_for(40)
-    assert hearing.first == 0.25 * epochs and hearing.partitions[0].epoch == 0
+    assert objective.first == 0.25 * epochs and objective.partitions[0].epoch == 0
     records = {"main": torch.tensor([1.0, 3.0, torch.nan])}
-    told = hearing.after_epoch(court.job.model(), int(hearing.first) - 1, records)
-    assert heard == [] and told == {"main_loss": 2.0, "used": 0.5}
-    hearing.after_epoch(court.job.model(), math.ceil(hearing.first), records)
-    assert heard == [math.ceil(hearing.first)]
+    told = objective.after_epoch(court.job.model(), int(objective.first) - 1, records)
+    assert heard == [] and told == {"main_loss": 2.0, "used": 0.3}
+    objective.after_epoch(court.job.model(), math.ceil(objective.first), records)
+    assert heard == [math.ceil(objective.first)]
 
 
 def test_the_averaged_model_is_the_one_that_answers() -> None:
@@ -310,3 +392,68 @@ def test_scores_are_the_doubt_and_of_those_apart_certain() -> None:
     suspicion = court.hearing.deposition.suspicion
     torch.testing.assert_close(found.scores, found.probability + 0.01 * suspicion)
     assert set(found.flagged.nonzero().flatten().tolist()) == {25, 29} and (found.suggested == -1).all()
+
+
+def test_who_is_suspect_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class 1 is attacked and 25 of it set apart. The model takes 5, 29 and 33 of it for class 3, and 22 of class 2."""
+    court = Court(apart=[25])
+    court.hear(court.given)
+    answers = court.given.clone()
+    answers[[5, 22, 29, 33]] = 3
+    logits = torch.nn.functional.one_hot(answers, 4).double() * math.log(
+        9
+    )  # 9/12 for the answer, 1/12 for each other class
+    monkeypatch.setattr(hearing, "logits_of", lambda *_: logits)
+    found = court.hearing.outcome(court.job.model())
+    doubt = torch.where(answers == court.given, 1 / 4, 11 / 12).double()
+    doubt[25] = 1.0
+    torch.testing.assert_close(found.probability, doubt)
+    torch.testing.assert_close(found.scores, doubt + 0.01 * court.hearing.deposition.suspicion)
+    assert found.flagged.nonzero().flatten().tolist() == [25, 29, 33], "5 is trusted, and class 2 is not attacked"
+    assert {row: int(label) for row, label in enumerate(found.suggested) if label != -1} == {29: 3, 33: 3}
+    assert set(found.reasons) == {25, 29, 33} and "set apart" in found.reasons[25]
+    assert all("sees another class" in found.reasons[row] for row in (29, 33))
+    assert all(reason.startswith("labeled 'class 1', but") for reason in found.reasons.values())
+    assert found.evidence["flagged"] == 3 and found.evidence["by_class"] == court.hearing.findings
+    assert found.partitions == court.hearing.partitions
+
+
+def test_the_loss_is_cross_entropy_with_the_labels_handed_out() -> None:
+    court = Court()
+    model = court.job.model().eval()
+    batch = gather(court.data, torch.tensor([3, 1, 2]), torch.device("cpu"))
+    step = court.hearing(model, batch)
+    by_hand = -model(batch.x).log_softmax(1)[torch.arange(3), batch.y]
+    torch.testing.assert_close(step.loss, by_hand.mean())
+    torch.testing.assert_close(step.records["main"], by_hand.detach())
+
+
+def test_the_weights_are_averaged_after_every_step() -> None:
+    court = Court()
+    average, model = court.hearing.average, court.job.model()
+    average.steps = 10**6  # so many that the start no longer counts
+    average.values["fc.bias"][:] = 1
+    with torch.no_grad():
+        model.fc.bias[:] = 3
+    court.hearing.after_step(model)
+    assert average.steps == 10**6 + 1
+    torch.testing.assert_close(average.values["fc.bias"], torch.full((4,), 0.995 + 0.005 * 3))
+
+
+def test_a_hearing_goes_on_from_its_state(tmp_path: Path) -> None:
+    one, two = Court(), Court()
+    one.hear(one.elsewhere((one.given == 1) & (one.place >= 5) & (one.place < 8)))
+    one.hearing.average.values["fc.bias"] += 1
+    one.hearing.average.steps = 7
+    assert (one.hearing.labels == OUT).any()
+    save_state(tmp_path / "state", one.hearing.state())
+    two.hearing.load(load_state(tmp_path / "state"))
+    for name in ("labels", "learns"):
+        assert torch.equal(getattr(two.hearing, name), getattr(one.hearing, name)), name
+    assert two.hearing.findings == one.hearing.findings and two.hearing.average.steps == 7
+    for name, value in one.hearing.average.values.items():
+        assert torch.equal(two.hearing.average.values[name], value), name
+    assert [partition.epoch for partition in two.hearing.partitions] == [0, 1]
+    for name in ("isolated", "recovered", "labels"):
+        kept = [getattr(court.hearing.partitions[1], name) for court in (one, two)]
+        assert torch.equal(*kept), name
