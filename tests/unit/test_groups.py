@@ -111,12 +111,63 @@ def test_opinions_are_added_as_they_divide_worked_by_hand() -> None:
     assert heard.tolist() == pytest.approx([-1.0, (5 - 20) / 25, (20 - 5) / 25, 1.0])
 
 
+THIRD = 1 / math.sqrt(3)
+ONE_OF_FOUR = [-THIRD, -THIRD, -THIRD, 3 * THIRD]
+"""(0, 0, 0, d) standardized: its mean is d / 4, its standard deviation d sqrt(3) / 4. Its clarity is d^2 / 0.05."""
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_several_opinions_worked_by_hand(turned: bool, first: bool) -> None:
+    """The clear one, of clarity 20, wherever it stands, tells which end of the unsure one is meant."""
+    clear, vague = torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.0, 0, 0.1, 0.1])  # 20 and 0.2
+    unsure = torch.tensor([0.0, 0.2, 0, 0] if turned else [0.0, 0, 0, 0.2])  # 0.8
+    scaled = [ONE_OF_FOUR[0], ONE_OF_FOUR[3], *ONE_OF_FOUR[:2]] if turned else ONE_OF_FOUR
+    heard = weighed([clear, vague] if first else [vague, clear], unsure, torch.zeros(4, dtype=torch.int64))
+    parts = zip(ONE_OF_FOUR, [-1, -1, 1, 1], scaled, strict=True)
+    want = [(20 * one + 0.2 * other + (-0.8 if turned else 0.8) * third) / 21 for one, other, third in parts]
+    assert heard.tolist() == pytest.approx(want)
+
+
+def test_where_nobody_is_firm_nobody_is_turned() -> None:
+    vague, unsure = torch.tensor([0.0, 0, 0, 0.2]), torch.tensor([0.0, 1, 0, 0])  # 0.8 and 20
+    heard = weighed([vague], unsure, torch.zeros(4, dtype=torch.int64))
+    turned = zip(ONE_OF_FOUR, [ONE_OF_FOUR[0], ONE_OF_FOUR[3], *ONE_OF_FOUR[:2]], strict=True)
+    assert heard.tolist() == pytest.approx([(0.8 * one + 20 * other) / 20.8 for one, other in turned])
+
+
+def test_an_opinion_is_turned_if_it_runs_against_the_others_as_a_whole() -> None:
+    """The fourth sample is a little above the mean in one and below it in the other; all others are as they are."""
+    clear, unsure = torch.tensor([0.0, 0, 0, 0, 1, 1]), torch.tensor([0.0, 0, 0, 0.45, 1, 1])
+    heard = weighed([clear], unsure, torch.zeros(6, dtype=torch.int64))
+    assert heard[:3].max() < -0.7 and heard[4:].min() > 1.2
+
+
+def test_faint_opinions_are_as_loud_as_clear_ones() -> None:
+    faint = torch.tensor([0.0, 0, 0.1, 0.1])  # of clarity 0.2 each
+    assert weighed([faint], faint, torch.zeros(4, dtype=torch.int64)).tolist() == pytest.approx([-1, -1, 1, 1])
+
+
 def test_a_turned_opinion_counts_the_other_way_however_clear_it_is() -> None:
     group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
     firm, late = 0.5 * group + 0.05 * normal(100, 3), ~group + 0.01 * normal(100, 4)
     assert clarity(late) > 3 * clarity(firm) > 3 * 1.5
     heard = weighed([firm], late, labels)
     assert heard[group].min() > heard[~group].max()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_cut_leaves_less_variance(seed: int) -> None:
+    values = 10 * normal(9, seed) + 7
+    ordered = values.sort().values
+    left = [
+        float(((low - low.mean()) ** 2).sum() + ((high - high.mean()) ** 2).sum())
+        for low, high in (ordered.tensor_split([cut]) for cut in range(1, 9))
+    ]
+    least = min(range(8), key=left.__getitem__)
+    above = values > ordered[least]
+    group = halves(values)[0]
+    assert torch.equal(group, above) or torch.equal(~group, above)
 
 
 def test_the_upper_group_is_the_one_further_from_zero() -> None:

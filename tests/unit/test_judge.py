@@ -127,6 +127,8 @@ def test_detection_measures_by_hand() -> None:
     assert got["precision_top_1_percent"] == {"value": 1.0, "count": 1, "n": 1}
     assert got["auroc"]["value"] == pytest.approx(5 / 6)  # of 6 pairs one is out of order
     assert got["average_precision"]["value"] == pytest.approx((1 + 2 / 3) / 2)
+    first = detection_measures(outcome([True, False, False, False, False]), TRUTH)
+    assert first["suggested_labels_true"] == {"value": 1.0, "count": 1, "n": 1}
 
 
 def test_of_the_most_suspicious_percent_the_poisoned_share() -> None:
