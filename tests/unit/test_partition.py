@@ -324,7 +324,9 @@ def test_equation_5_is_given_one_history_of_losses(monkeypatch: pytest.MonkeyPat
 def test_what_the_warm_up_records_after_an_epoch(
     monkeypatch: pytest.MonkeyPatch, history: str, looked: list[int]
 ) -> None:
-    trap = Trap(E2ABL(loss_history=history, ranking="loss_drop", drop_weights="uniform"), Job(toy_images(3)))
+    trap = Trap(
+        E2ABL(loss_history=history, ranking="loss_drop", drop_weights="uniform"), Job(toy_images(3), fabric=FABRIC)
+    )
     epochs = list[int]()
     monkeypatch.setattr(trap, "look", lambda tap, epoch: epochs.append(epoch))
     first = trap.after_epoch(torch.nn.Identity(), 5, {"second": torch.tensor([4.0, 2.0, torch.nan])})
@@ -334,7 +336,7 @@ def test_what_the_warm_up_records_after_an_epoch(
 
 
 def test_the_warm_up_goes_on_from_its_state() -> None:
-    one, two = (Trap(E2ABL(mixing=False), Job(toy_images(3))) for _ in range(2))
+    one, two = (Trap(E2ABL(mixing=False), Job(toy_images(3), fabric=FABRIC)) for _ in range(2))
     one.ranking.add(torch.tensor([1.0, 2.0, 3.0]))
     two.load(one.state())
     assert torch.equal(two.ranking.scores(), one.ranking.scores()) and one.ranking.scores().any()
