@@ -203,6 +203,13 @@ def test_what_is_alike_enough_to_be_a_rare_kind(limit: float, attacked: bool) ->
     assert court.hearing.findings[1]["attacked"] == attacked
 
 
+def test_what_a_single_sample_is_taken_for_is_one_kind() -> None:
+    court = Court()
+    court.hear(torch.where((court.given == 1) & (court.place == 5), 2, court.given))
+    assert court.hearing.findings[1]["alike"] == pytest.approx(2 / 3)
+    assert [court.hearing.findings[label]["alike"] for label in (0, 2, 3)] == [0.0] * 3, "nothing was taken for others"
+
+
 def test_fewer_than_mistakes_explain_accuse_nobody() -> None:
     """Four of five are taken for others: at least 43.6 % are, by the interval."""
     for acquittal, attacked in ((0.43, True), (0.44, False)):
@@ -361,16 +368,16 @@ def test_the_defaults_follow_the_size_of_the_set(n: int, batch: int, epochs: int
 
 
 def test_when_the_others_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    court = Court(hearing=0.25, trusted=0.3)
+    court = Court(hearing=0.5, trusted=0.3)
     heard, objective = list[int](), court.hearing
     monkeypatch.setattr(objective, "_hear", heard.append)
     epochs = court.job.recipe(court.options.main).epochs_for(40)
-    assert objective.first == 0.25 * epochs and objective.partitions[0].epoch == 0
+    assert objective.first == epochs // 2 == 0.5 * epochs and objective.partitions[0].epoch == 0
     records = {"main": torch.tensor([1.0, 3.0, torch.nan])}
     told = objective.after_epoch(court.job.model(), int(objective.first) - 1, records)
     assert heard == [] and told == {"main_loss": 2.0, "used": 0.3}
-    objective.after_epoch(court.job.model(), math.ceil(objective.first), records)
-    assert heard == [math.ceil(objective.first)]
+    objective.after_epoch(court.job.model(), epochs // 2, records)
+    assert heard == [epochs // 2]
 
 
 def test_the_averaged_model_is_the_one_that_answers() -> None:
