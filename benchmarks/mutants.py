@@ -26,8 +26,10 @@ from typing import Any
 
 import lightning_fabric  # noqa: F401 (imported before the fork, as what follows)
 import pandas as pd  # noqa: F401
+import pydantic  # noqa: F401
 import pytest
 import sklearn.metrics  # noqa: F401
+import sybil  # noqa: F401
 import torch
 import torchvision  # noqa: F401
 
@@ -116,8 +118,11 @@ def survives(path: Path, changed: str, tests: list[str], seconds: float) -> bool
             return compile(changed, str(path), "exec") if self.path == str(path) else plain(self, name)
 
         importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        # Without the plugin of hypothesis, which imports all of it at the end of every run, as long as that takes.
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        plugins = ["-p", "no:cacheprovider", "-p", "xdist.plugin", "-p", "pytest_timeout"]
         files = [str(ROOT / "tests" / "unit" / name) for name in tests]
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files])))
+        os._exit(int(pytest.main(["-x", "-q", *plugins, "--rootdir", str(ROOT), *files])))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
