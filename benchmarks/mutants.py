@@ -34,7 +34,7 @@ import torchvision  # noqa: F401
 ROOT = Path(__file__).parents[1]
 TARGETS = {
     "bench/judge.py": ["test_judge.py", "test_dlp.py::test_selections_are_measured"],
-    "bench/detection.py": ["test_judge.py"],
+    "bench/detection.py": ["test_detection.py"],
     "bench/stealth.py": ["test_stealth.py"],
     "intervals.py": ["test_jury.py"],
     "training/ranking.py": ["test_ranking.py", "test_jury.py"],

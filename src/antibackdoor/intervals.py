@@ -10,16 +10,14 @@ ONE_SIDED = 1.64
 
 def lower(count: int, n: int) -> float:
     """Lower end of the Wilson interval of `count` in `n`, one-sided 95 %; 0 where there is nothing to count."""
-    return _wilson(count, n, -ONE_SIDED)
+    return _wilson(count, n, -ONE_SIDED) if n else 0.0
 
 
 def upper(count: int, n: int) -> float:
     """Upper end of the Wilson interval of `count` in `n`, one-sided 95 %; 1 where there is nothing to count."""
-    return _wilson(count, n, ONE_SIDED)
+    return _wilson(count, n, ONE_SIDED) if n else 1.0
 
 
 def _wilson(count: int, n: int, z: float) -> float:
-    if n == 0:
-        return 0.0 if z < 0 else 1.0
     p = count / n
     return (p + z * z / (2 * n) + z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)

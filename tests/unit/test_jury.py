@@ -25,11 +25,20 @@ from antibackdoor.verdict import decide, told_of
 def test_within_is_the_percentile_among_the_same_label() -> None:
     scores, labels = torch.tensor([5.0, 1.0, 3.0, 9.0, 8.0]), torch.tensor([0, 0, 0, 0, 1])
     assert within(scores, labels).tolist() == pytest.approx([0.625, 0.125, 0.375, 0.875, 0.5])
+    equal = within(torch.zeros(1000), torch.zeros(1000)).tolist()
+    assert equal == pytest.approx([(row + 0.5) / 1000 for row in range(1000)]), "ties follow the row number"
 
 
 @pytest.mark.parametrize(
     ("steps", "count", "expected"),
-    [(1, 5, {1}), (12, 3, {12}), (48, 3, {12, 24, 48}), (1200, 3, {12, 120, 1200}), (100, 1, {12, 100})],
+    [
+        (1, 5, {1}),
+        (12, 3, {12}),
+        (48, 3, {12, 24, 48}),
+        (48, 2, {12, 48}),
+        (1200, 3, {12, 120, 1200}),
+        (100, 1, {12, 100}),
+    ],
 )
 def test_looks_are_a_factor_apart_and_the_last_step_is_one(steps: int, count: int, expected: set[int]) -> None:
     assert geometric(steps, count) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,11 @@ from antibackdoor.defenses.dual_head import Dual, Trap, second_logits
 from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.models.tap import Tap
+from antibackdoor.seeds import generator
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import LossDrop, Persistence
+from antibackdoor.verdict import decide
 from tiny import FABRIC
 from toy import toy_images
 
@@ -47,9 +50,12 @@ class Heads:
         self.dual = Dual(method, job, cast(Trap, SimpleNamespace(ranking=ranking)))
         self.main, self.asked_for = main, list[int]()
         monkeypatch.setattr(dual_head, "logits_of", self.logits)
-        self.tap = cast(Tap, SimpleNamespace(backbone="main"))
+        self.tap = cast(Tap, SimpleNamespace(backbone="main", parameter_counts=lambda: {"ratio": 1.25}))
 
-    def logits(self, model: object, data: Data, fabric: object, rows: Tensor, call: object = None) -> Tensor:
+    def logits(
+        self, model: object, data: Data, fabric: object, rows: Tensor | None = None, call: object = None
+    ) -> Tensor:
+        rows = torch.arange(20) if rows is None else rows
         out = torch.zeros(len(rows), 4)
         for place, row in enumerate(rows.tolist()):
             if call is second_logits:
@@ -91,8 +97,9 @@ def test_labels_are_recovered_only_once_the_main_head_has_learned_something(monk
     _, recovered, labels = heads.split(0)
     assert recovered == {1, 5, 9, 13} and torch.equal(labels, GIVEN) and heads.asked_for == []
     assert rows_of(heads.dual.in_main) == set(range(20)) - set(TOP)
-    epochs = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20)
-    assert int(heads.split(epochs)[2][5]) == 3
+    half = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20) // 2
+    assert torch.equal(heads.split(half - 1)[2], GIVEN) and heads.asked_for == []
+    assert int(heads.split(half)[2][5]) == 3
     assert rows_of(heads.dual.in_main) == set(range(20)) - {2, 17, 6, 10}
 
 
@@ -149,11 +156,46 @@ def test_a_sample_on_probation_that_is_taken_for_another_class_learns_as_that(mo
     isolated, recovered, labels = heads.split()
     assert isolated == {1, 5, 9} and recovered == {1, 5, 9} and int(labels[9]) == 0
     assert heads.dual.rest == [1, 2], "13 was not isolated, and is taken for class 3"
+    assert heads.dual.asked is not None
+    assert heads.dual.asked.tolist() == [{1: BACKDOOR, 5: BACKDOOR, 9: 0}.get(row, -1) for row in range(20)]
+
+
+def test_the_outcome_tells_what_the_main_head_said_when_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Isolated samples of class 1 are 1, 5 and 9, in this order of suspicion; only 9 is taken for another class."""
+    first = [1, 5, 2, 6, 10, 14, 18, 3, 9]
+    options = {"remainder": "agree", "probation": 0.6, "recovery_delay": 0, "predominance": 0.0}
+    heads = Heads(monkeypatch, first, {9: 0, 13: 3}, **options)
+    heads.split()
+    found = heads.dual.outcome(heads.tap)
+    assert rows_of(found.flagged) == {9} and rows_of(found.suggested >= 0) == {9} and found.suggested[9] == 0
+    assert rows_of(found.probability > 0) == {1, 5, 9}
+    assert found.evidence == {
+        "backdoor_class": BACKDOOR,
+        "disagree_in_suspicious_half": {"count": 0, "n": 1},
+        "disagree_in_other_half": {"count": 1, "n": 2},
+        "flagged": 1,
+        "disagree_in_rest_of_class": {"count": 1, "n": 2},
+        "parameters": {"ratio": 1.25},
+    }
+    assert torch.equal(found.scores, heads.scores) and found.partitions == heads.dual.partitions
+    assert found.witness == (heads.tap, second_logits)
+
+
+def test_nobody_is_suspect_before_the_main_head_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(monkeypatch, TOP, {}, **{**PAPER, "recovery_delay": 0.5})
+    heads.split(0)
+    found = heads.dual.outcome(heads.tap)
+    assert not found.flagged.any() and not found.probability.any() and (found.suggested == -1).all()
+    parts = ("suspicious_half", "other_half", "rest_of_class")
+    assert [found.evidence[f"disagree_in_{part}"] for part in parts] == [{"count": 0, "n": 0}] * 3
 
 
 def test_without_a_warm_up_nothing_is_known_before_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = Heads(monkeypatch, TOP, {}, **PAPER, warm_up=None)
-    assert heads.split(0)[:2] == (set(), set())
+    assert heads.split(0)[:2] == (set(), set()) and heads.asked_for == []
+    found = heads.dual.outcome(heads.tap)
+    assert found.evidence["backdoor_class"] == -1 and not found.flagged.any()
+    assert decide(heads.dual.job.data, found).evidence == ["No class was singled out, so nothing was judged."]
     assert heads.split(1)[0] == set(TOP)
 
 
@@ -196,14 +238,106 @@ def test_who_is_suspect_and_how_often_the_main_head_disagreed() -> None:
     assert set(found.reasons) == {1, 5} and "'class 1'" in found.reasons[1]
 
 
+def test_samples_of_the_first_class_may_be_suspect_too() -> None:
+    asked = torch.full((20,), -1)
+    asked[[0, 4]] = torch.tensor([2, 0])
+    logits = torch.nn.functional.one_hot(torch.where(torch.arange(20) == 0, 2, GIVEN), 4).float()
+    found = suspects_of(torch.nn.Identity(), toy_images(20), torch.arange(20.0), logits, asked, 0, [])
+    assert rows_of(found.flagged) == {0} and found.suggested.tolist() == [2] + [-1] * 19
+    assert "'class 0'" in found.reasons[0]
+    assert found.evidence["disagree_in_suspicious_half"] == {"count": 0, "n": 1}  # row 4, which has the higher score
+    assert found.evidence["disagree_in_other_half"] == {"count": 1, "n": 1}
+
+
 @pytest.mark.parametrize(
-    ("options", "skip"), [({"window": 0.5, "mixing": False}, 4), ({"window": 0.25}, 12), ({"loss_history": "init"}, 0)]
+    ("options", "skip"),
+    [
+        ({"window": 0.5, "mixing": False}, 4),
+        ({"window": 0.25}, 12),
+        ({"window": 0.0}, 15),
+        ({"loss_history": "init"}, 0),
+        ({"loss_history": "init", "window": 0.5}, 9),
+        ({"loss_history": "running", "window": 0.5}, 4),
+    ],
 )
 def test_how_much_of_the_history_counts(options: dict[str, Any], skip: int) -> None:
-    """Eight epochs, one look after each, two with mixing."""
+    """Eight epochs, one look after each and, with "init", before the first; two with mixing; the last always counts."""
     warm_up = Recipe(epochs=8, min_steps=0, batch_size=64)
     ranking = Trap(E2ABL(warm_up=warm_up, **options), Job(toy_images(20), fabric=FABRIC)).ranking
     assert isinstance(ranking, Persistence) and ranking.skip == skip
+
+
+@pytest.mark.parametrize("options", [{"ranking": "loss_drop"}, {"warm_up": None}])
+def test_without_a_warm_up_or_where_asked_for_the_loss_drop_ranks(options: dict[str, Any]) -> None:
+    ranking = Trap(E2ABL(drop_weights="linear", **options), Job(toy_images(20), fabric=FABRIC)).ranking
+    assert isinstance(ranking, LossDrop) and ranking.power == 1
+
+
+AS_IT_IS, MIXED = math.log(4), math.log(2)
+"""Losses of the second head where its logits are those of `Looks`."""
+
+
+class Looks:
+    """A warm-up of one epoch: at the first look all four classes are as likely; mixed, the given label has one half."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any):
+        warm_up = Recipe(epochs=1, min_steps=0, batch_size=64)
+        job = Job(toy_images(20), fabric=FABRIC, seed=7)
+        self.trap, self.drawn = Trap(E2ABL(warm_up=warm_up, **options), job), list[Tensor]()
+        self.calls = list[object]()
+        monkeypatch.setattr(dual_head, "logits_of", self.plain)
+        monkeypatch.setattr(dual_head, "mixed_logits_of", self.mixed)
+
+    def plain(self, tap: object, data: Data, fabric: object, call: object) -> Tensor:
+        self.calls.append(call)
+        return torch.zeros(20, 4)
+
+    def mixed(self, tap: object, data: Data, fabric: object, rng: torch.Generator, call: object) -> Tensor:
+        self.calls.append(call)
+        self.drawn.append(torch.rand(3, generator=rng))
+        return torch.nn.functional.one_hot(GIVEN, 4) * math.log(3)
+
+    def look(self, epoch: int = 0) -> list[float]:
+        self.trap.look(cast(Any, None), epoch)
+        return cast(list[float], self.trap.ranking.scores().tolist())
+
+
+def test_a_look_takes_the_losses_as_they_are_and_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch)
+    want = -(math.log(AS_IT_IS + 0.01) + math.log(MIXED + 0.01)) / 2
+    assert looks.look(3) == pytest.approx([want] * 20)
+    assert looks.calls == [second_logits] * 2
+    assert torch.equal(looks.drawn[0], torch.rand(3, generator=generator(7, "mixing", 3))), "other partners each epoch"
+
+
+def test_a_look_without_mixing_takes_them_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch, mixing=False)
+    assert looks.look() == pytest.approx([-math.log(AS_IT_IS + 0.01)] * 20) and looks.drawn == []
+
+
+def test_equation_5_is_given_one_history_of_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(monkeypatch, ranking="loss_drop", drop_weights="uniform", mixing=True)
+    assert looks.look() == looks.look() == [0.0] * 20 and looks.drawn == []
+
+
+@pytest.mark.parametrize(("history", "looked"), [("running", []), ("after", [5]), ("init", [5])])
+def test_what_the_warm_up_records_after_an_epoch(
+    monkeypatch: pytest.MonkeyPatch, history: str, looked: list[int]
+) -> None:
+    trap = Trap(E2ABL(loss_history=history, ranking="loss_drop", drop_weights="uniform"), Job(toy_images(3)))
+    epochs = list[int]()
+    monkeypatch.setattr(trap, "look", lambda tap, epoch: epochs.append(epoch))
+    first = trap.after_epoch(torch.nn.Identity(), 5, {"second": torch.tensor([4.0, 2.0, torch.nan])})
+    assert first == {"second_loss": 3.0} and epochs == looked
+    trap.after_epoch(torch.nn.Identity(), 6, {"second": torch.tensor([1.0, 2.5, torch.nan])})
+    assert trap.ranking.scores().tolist() == ([3.0, -0.5, 0.0] if history == "running" else [0.0] * 3)
+
+
+def test_the_warm_up_goes_on_from_its_state() -> None:
+    one, two = (Trap(E2ABL(mixing=False), Job(toy_images(3))) for _ in range(2))
+    one.ranking.add(torch.tensor([1.0, 2.0, 3.0]))
+    two.load(one.state())
+    assert torch.equal(two.ranking.scores(), one.ranking.scores()) and one.ranking.scores().any()
 
 
 def test_after_an_epoch_samples_are_ranked_and_split_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,3 +352,6 @@ def test_after_an_epoch_samples_are_ranked_and_split_anew(monkeypatch: pytest.Mo
     assert added == [records["second"]] and len(heads.dual.partitions) == 2
     assert rows_of(heads.dual.partitions[-1].isolated) == {3, *TOP} - {1}
     assert told == {"main_loss": 2.0, "second_loss": float(records["second"][TOP].mean()), "churn": 0.1}
+    heads.scores[[1, 3]] = torch.tensor([30.0, 0.0])  # and 1 that of 3 again
+    churn = [heads.dual.after_epoch(cast(Any, heads.tap), epoch, records)["churn"] for epoch in (3, 4)]
+    assert churn == [0.1, 0.0], "each epoch is compared with the one before"

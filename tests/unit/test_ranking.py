@@ -75,6 +75,14 @@ def test_ranking_goes_on_from_its_state(make: object) -> None:
     assert torch.equal(whole.scores(), second.scores())
 
 
+def test_persistence_of_a_history_no_longer_than_what_is_skipped_says_nothing() -> None:
+    ranking = Persistence(2, skip=2)
+    ranking.add(HISTORY[0])
+    assert ranking.scores().tolist() == [0, 0]
+    ranking.add(HISTORY[1])
+    assert ranking.scores().tolist() == [0, 0]
+
+
 def test_top_breaks_ties_by_row_number() -> None:
     scores = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0, 1.0])
     assert top(scores, 5).tolist() == [1, 2, 4, 0, 5]

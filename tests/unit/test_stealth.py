@@ -37,6 +37,24 @@ def test_series_by_hand() -> None:
     assert got == {"relative_l2": {"value": pytest.approx(0.2), "n": 1}, "max_deviation": {"value": 0.25, "n": 1}}
 
 
+def test_where_all_values_are_equal_the_deviation_is_absolute() -> None:
+    spec = Spec("series", (1, 2), ("a", "b"), 3, 3)
+    old = torch.full((1, 1, 2), 3.0)
+    got = stealth_measures(data(old, spec), data(old + torch.tensor([0.0, 0.5]), spec), torch.tensor([0]))
+    assert got["max_deviation"] == {"value": 0.5, "n": 1}
+
+
+def test_of_much_poison_some_are_compared_from_its_first_to_its_last() -> None:
+    """5,000 samples of 1, changed by their number over 5,000: the mean of evenly spread ones is that of all."""
+    spec = Spec("series", (1, 1), ("a", "b"), 0, 2)
+    old = torch.ones(5001, 1, 1)
+    new = old + torch.arange(5001).view(-1, 1, 1) / 5000
+    got = stealth_measures(data(old, spec), data(new, spec), torch.arange(1, 5001))
+    assert got["relative_l2"] == {"value": pytest.approx(0.5, abs=1e-3), "n": 2048}
+    few = stealth_measures(data(old, spec), data(new, spec), torch.tensor([1000, 2000, 4500]))
+    assert few["relative_l2"] == {"value": pytest.approx(0.5), "n": 3}
+
+
 def test_nothing_poisoned_can_be_written_as_json() -> None:
     clean = toy_images(8)
     got = stealth_measures(clean, clean, torch.arange(4))
@@ -54,16 +72,22 @@ def test_ssim_of_flat_images_and_of_equal_ones() -> None:
     assert ssim(x[..., :3, :2], x[..., :3, :2]).tolist() == pytest.approx([1, 1])  # smaller than the window
 
 
-def test_ssim_by_the_formula_pixel_by_pixel() -> None:
-    rng = torch.Generator().manual_seed(2)
-    one, two = (torch.rand(1, 1, 7, 9, generator=rng, dtype=torch.float64) for _ in range(2))
-    line = torch.tensor([math.exp(-((k - 3) ** 2) / (2 * 1.5 * 1.5)) for k in range(7)], dtype=torch.float64)
+def test_ssim_of_dark_flat_images_by_hand() -> None:
+    black, dark = torch.zeros(1, 1, 12, 12), torch.full((1, 1, 12, 12), 0.01)
+    torch.testing.assert_close(ssim(black, dark), torch.tensor([0.5]), atol=1e-4, rtol=0)  # c1 / (c1 + c1)
+
+
+@pytest.mark.parametrize(("height", "broad", "width"), [(7, 9, 7), (8, 6, 5), (13, 14, 11)])
+def test_ssim_by_the_formula_pixel_by_pixel(height: int, broad: int, width: int) -> None:
+    rng, half = torch.Generator().manual_seed(2), width // 2
+    one, two = (torch.rand(1, 1, height, broad, generator=rng, dtype=torch.float64) for _ in range(2))
+    line = torch.tensor([math.exp(-((k - half) ** 2) / (2 * 1.5 * 1.5)) for k in range(width)], dtype=torch.float64)
     window = torch.outer(line, line) / line.sum() ** 2
-    first, second = (torch.nn.functional.pad(x, [3] * 4, mode="reflect")[0, 0] for x in (one, two))
+    first, second = (torch.nn.functional.pad(x, [half] * 4, mode="reflect")[0, 0] for x in (one, two))
     found = []
-    for i in range(7):
-        for j in range(9):
-            a, b = first[i : i + 7, j : j + 7], second[i : i + 7, j : j + 7]
+    for i in range(height):
+        for j in range(broad):
+            a, b = first[i : i + width, j : j + width], second[i : i + width, j : j + width]
             m1, m2 = float((window * a).sum()), float((window * b).sum())
             s1, s2 = float((window * (a - m1) ** 2).sum()), float((window * (b - m2) ** 2).sum())
             s12 = float((window * (a - m1) * (b - m2)).sum())

@@ -251,16 +251,37 @@ def test_dual_loss_is_equation_4(kind: str, control: str, sign: int) -> None:
     ]
 
 
+@pytest.mark.parametrize(("gradient", "reaches"), [("shared", True), ("detached", False)])
+def test_whether_the_second_head_moves_the_shallow_layers(gradient: str, reaches: bool) -> None:
+    scene = Scene("image", control="nothing", stem_gradient=gradient)
+    isolated = gather(scene.dual.job.data, torch.tensor([4, 5]), torch.device("cpu"))
+    scene.dual(scene.tap, isolated).loss.backward()
+    stem = [p for name, p in scene.model.named_parameters() if name in scene.tap._stem]
+    assert len(stem) > 3 and all((p.grad is not None and bool(p.grad.any())) == reaches for p in stem)
+    assert all(p.grad is not None for p in scene.tap.head.parameters())
+
+
+def test_the_warm_up_is_cross_entropy_of_the_second_head() -> None:
+    scene = Scene("image")
+    _, second = scene.cross_entropies()
+    step = scene.dual.trap(scene.tap, scene.batch)
+    torch.testing.assert_close(step.loss, second.mean())
+    torch.testing.assert_close(step.records["second"], second)
+
+
 def test_dual_training_goes_on_from_its_state(tmp_path: Path) -> None:
     one, two = Scene("image"), Scene("image")
     one.dual.backdoor_class, one.dual.asked, one.dual.rest = 3, torch.arange(8), (2, 5)
-    one.dual._set(Partition(1, ~Scene.isolated, ~Scene.recovered, one.labels.flip(0)))
+    one.dual._set(Partition(1, ~Scene.isolated, Scene.recovered, one.labels))
+    one.dual._set(Partition(2, ~Scene.isolated, ~Scene.recovered, one.labels.flip(0)))
+    one.dual.trap.ranking.add(torch.arange(8.0))
     save_state(tmp_path / "state", one.dual.state())
     two.dual.load(load_state(tmp_path / "state"))
     for name in ("asked", "in_main", "labels", "isolated", "sign"):
         assert torch.equal(getattr(two.dual, name), getattr(one.dual, name)), name
     assert two.dual.backdoor_class == 3 and tuple(two.dual.rest) == (2, 5)
-    assert [p.epoch for p in two.dual.partitions] == [0, 1]
+    assert [p.epoch for p in two.dual.partitions] == [0, 1, 2]
+    assert torch.equal(two.dual.trap.ranking.scores(), one.dual.trap.ranking.scores())
 
 
 @pytest.mark.parametrize("kind", ["image", "series"])

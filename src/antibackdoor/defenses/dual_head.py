@@ -209,8 +209,8 @@ class Dual(Objective):
     def outcome(self, tap: Tap) -> Outcome:
         """Judge the samples by the ranking and by what the main head said before it was taught their labels."""
         logits = logits_of(tap.backbone, self.job.data, self.job.fabric)
-        scores, last = self.trap.ranking.scores(), self.partitions[-1]
-        asked = torch.full_like(last.labels, -1) if self.asked is None else self.asked
+        scores = self.trap.ranking.scores()
+        asked = torch.full_like(self.given, -1) if self.asked is None else self.asked
         found = suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)
         found.evidence["disagree_in_rest_of_class"] = {"count": self.rest[0], "n": self.rest[1]}
         found.evidence["parameters"] = tap.parameter_counts()
