@@ -1,6 +1,6 @@
 """The data path alone, beside a training step: gathering, augmenting, keeping losses, poisoning; each for one batch.
 
-Gathering is measured from memory, from a memory map whose pages are in memory, and through the overlay that a poisoned
+Gathering is measured from memory, from a file that the system has in memory, and through the overlay that a poisoned
 set is. Ratios are shares of the forward and backward pass of one batch.
 """
 
@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -22,7 +21,7 @@ from antibackdoor.bench.poisoned import fitted
 from antibackdoor.data.augment import AUGMENTATIONS
 from antibackdoor.data.batches import gather, to_device
 from antibackdoor.data.core import Data
-from antibackdoor.data.rows import MemoryMap, Overlay
+from antibackdoor.data.rows import FileRows, Overlay
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import CrossEntropy
 from benchmarks.turns import random_images, random_series, ratio, rounded, take_turns
@@ -56,8 +55,8 @@ def one_kind(data: Data, folder: Path, args: argparse.Namespace, fabric: Fabric)
     model, objective = job.model(), CrossEntropy()
     rng, noise = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     assert isinstance(data.x, Tensor)
-    np.save(folder / "x.npy", data.x.numpy())
-    mapped = dataclasses.replace(data, x=MemoryMap(np.load(folder / "x.npy", mmap_mode="r")))
+    data.x.numpy().tofile(folder / "x.bin")
+    on_disk = dataclasses.replace(data, x=FileRows(folder / "x.bin", data.x.shape, data.x.numpy().dtype))
     tenth = torch.arange(0, args.samples, 10)
     overlay = dataclasses.replace(here, x=Overlay(here.x, tenth, data.x[tenth]))
     attack = ATTACKS["badnets"].make()
@@ -81,7 +80,7 @@ def one_kind(data: Data, folder: Path, args: argparse.Namespace, fabric: Fabric)
         {
             "forward and backward": model_alone,
             "gather from memory": lambda: gather(here, rows(), device),
-            "gather from a memory map": lambda: gather(mapped, rows(), device),
+            "gather from disk": lambda: gather(on_disk, rows(), device),
             "gather through a poison overlay": lambda: gather(overlay, rows(), device),
             "weak augmentation": lambda: AUGMENTATIONS["weak"](ready.x, data.spec, noise),
             "strong augmentation": lambda: AUGMENTATIONS["strong"](ready.x, data.spec, noise),

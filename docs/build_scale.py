@@ -36,8 +36,8 @@ ANTIBACKDOOR_CACHE=/scratch antibackdoor scan photos --memory-map --out scan
 The copy lies in `$ANTIBACKDOOR_CACHE` (else `~/.cache/antibackdoor`), under `copies`, and never beside the data: their
 author could have planted one there. It can be deleted at any time. It is made anew when a file of the set changes its
 name, size or time, or when another image size is asked for; sample ids stay those of the files, and training gives the
-same weights as in memory. A process holds on to at most 64 MiB of the file at a time; what else
-grows with the set is below, in bytes a sample. Series are read from disk out of an `.npz`; series in text files
+same weights as in memory. A process holds no more of the file than one batch; what else grows
+with the set is below, in bytes a sample. Series are read from disk out of an `.npz`; series in text files
 (`.ts`, `.tsv`, `.arff`), shards and parquet are read into memory whole.
 
 ## Many devices

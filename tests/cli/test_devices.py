@@ -20,7 +20,7 @@ from torch import Tensor
 from antibackdoor import InputError, scan, train
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.data.load import load
-from antibackdoor.data.rows import MemoryMap
+from antibackdoor.data.rows import FileRows
 from antibackdoor.files import read_json
 from antibackdoor.training.launch import SET_BY_TORCHRUN, processes
 from ranks import Broken
@@ -43,7 +43,7 @@ def go(data: Any, **more: Any) -> Any:
 
 def test_a_run_of_two_devices_leaves_one_run_folder(images: Path, tmp_path: Path) -> None:
     splits = load(images, memory_map=True)
-    assert isinstance(splits.train.x, MemoryMap)
+    assert isinstance(splits.train.x, FileRows)
     result = go(splits, out=tmp_path / "run", devices=2)
     assert result.metrics["clean_accuracy"]["n"] == 15 and read_json(tmp_path / "run" / "result.json")["n"] == 60
     table = pd.read_csv(tmp_path / "run" / "suspects.csv")

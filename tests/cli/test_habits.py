@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from antibackdoor import load
-from antibackdoor.data import mapped
-from antibackdoor.data.mapped import fills_memory
+from antibackdoor.data import copies
+from antibackdoor.data.copies import fills_memory
 from toy_files import TINY, UNDEFENDED, Run
 
 COMMANDS = ("train", "scan", "predict", "poison", "list", "review", "export", "bench")
@@ -189,10 +189,10 @@ def test_a_large_file_is_mapped_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
     assert not fills_memory(path) and fills_memory(path, share=1e-12)
     assert not fills_memory(tmp_path / "none.npz")
     load(path)
-    assert not mapped.copies_of(path, ()).parent.exists()
-    monkeypatch.setattr("antibackdoor.data.load.fills_memory", lambda path: mapped.fills_memory(path, 1e-12))
+    assert not copies.copies_of(path, ()).parent.exists()
+    monkeypatch.setattr("antibackdoor.data.load.fills_memory", lambda path: copies.fills_memory(path, 1e-12))
     data = load(path)
     assert (
-        mapped.copies_of(path, ()).parent.exists()
+        copies.copies_of(path, ()).parent.exists()
         and data.train.fingerprint() == load(path, memory_map=False).train.fingerprint()
     )

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from antibackdoor.cli import frame
 from antibackdoor.data.arrays import write_npz
+from antibackdoor.data.copies import keep_rows
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load
-from antibackdoor.data.mapped import map_made
+from antibackdoor.data.rows import FileRows
 from antibackdoor.errors import InputError
 from antibackdoor.files import LOCK, at_once, lock, save_state, sweep, write_text
 from antibackdoor.review.decisions import DROP, KEEP, UNDECIDED
@@ -187,18 +189,16 @@ def test_a_full_disk_in_a_review(tmp_path: Path) -> None:
     assert open_session(folder).decisions.codes[:3].tolist() == [DROP, UNDECIDED, KEEP]
 
 
-def test_a_full_disk_is_told_before_a_mapped_file_is_written_to(tmp_path: Path) -> None:
-    """Writing through a map to a disk without space would kill the process."""
+def test_a_full_disk_while_a_copy_is_made(tmp_path: Path) -> None:
     source = tmp_path / "set.npz"
     source.write_bytes(b"x")
 
-    def fill(out: np.ndarray) -> np.ndarray:
-        out[:] = 1
-        return np.zeros(len(out), dtype=np.int64)
+    def keep() -> FileRows:
+        return keep_rows(source, "x", (100, 1000), np.float32, lambda: [np.ones((10, 1000))] * 10)
 
     with full_disk(50_000), pytest.raises(InputError, match="File too large"):
-        map_made(source, "x", (100, 10, 100), fill)
-    assert map_made(source, "x", (100, 10, 100), fill)[0].sum() == 100_000
+        keep()
+    assert keep()[torch.arange(100)].sum() == 100_000
 
 
 def test_a_folder_without_permission(run: Run, images: Path, whole: Path) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from antibackdoor.api import train
-from antibackdoor.data import images, load, mapped
+from antibackdoor.data import copies, images, load
 from antibackdoor.data.arrays import write_npz
+from antibackdoor.data.copies import copies_of, keep_only, stamp
 from antibackdoor.data.core import Splits
-from antibackdoor.data.mapped import copies_of, keep_only, stamp
 from antibackdoor.data.truth import read_targets, read_truth
 from antibackdoor.errors import InputError
 from antibackdoor.exports import export_run, read_suspects
@@ -77,7 +77,7 @@ def test_copies_lie_where_no_author_of_data_can_plant_them(
     for _ in range(2):
         assert load.load(path, memory_map=True).train.fingerprint() == want
     assert contents(victim) == before and set(path.parent.iterdir()) - {own_cache} == beside
-    assert list(own_cache.rglob("*.np[yz]")) or list(own_cache.rglob("*.bin"))
+    assert list(own_cache.rglob("*.bin"))
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -99,7 +99,7 @@ def test_a_link_in_place_of_a_copy(source: str, request: pytest.FixtureRequest, 
     path: Path = request.getfixturevalue(source)
     want = load.load(path, memory_map=True).train.fingerprint()
     folder = next(copies_of(path, ()).parent.iterdir())
-    copy = next(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
+    copy = next(path for path in folder.iterdir() if path.suffix == ".bin")
     copy.rename(victim / "moved")
     copy.symlink_to(victim / "moved")
     before = contents(victim)
@@ -156,11 +156,11 @@ def test_a_damaged_copy_of_images_is_made_anew(photos: Path, case: str, monkeypa
     assert len(calls) == 9
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\x01\x00\xff\xff"])
+@pytest.mark.parametrize("content", [b"", b"hello"])
 def test_a_damaged_copy_of_arrays_is_made_anew(array: Path, content: bytes) -> None:
     want = load.load(array, memory_map=True).train.fingerprint()
-    for copy in copies_of(array, ()).parent.rglob("*.npy"):
-        written(copy, content)
+    [copy] = copies_of(array, ()).parent.rglob("*.bin")
+    written(copy, content)
     assert load.load(array, memory_map=True).train.fingerprint() == want
 
 
@@ -177,8 +177,8 @@ def test_a_change_that_presets_size_and_time_is_seen(
     os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
     assert stamp(file)[:2] == before[:2] and stamp(file) != before
     made: list[str] = []
-    real = mapped.shutil.copyfileobj
-    monkeypatch.setattr(mapped.shutil, "copyfileobj", lambda *given: made.append("array") or real(*given))
+    real = copies.atomically
+    monkeypatch.setattr(copies, "atomically", lambda *given: made.append("array") or real(*given))
     decode = images.decode_image
     monkeypatch.setattr(images, "decode_image", lambda *given: made.append("image") or decode(*given))
     load.load(path, memory_map=True)
@@ -190,8 +190,8 @@ def test_an_account_without_a_home(array: Path, monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("ANTIBACKDOOR_CACHE")
-    monkeypatch.setattr(mapped.Path, "home", homeless)
-    assert not mapped.can_keep()
+    monkeypatch.setattr(copies.Path, "home", homeless)
+    assert not copies.can_keep()
     refused(lambda: load.load(array, memory_map=True), r"no home folder; name a folder for copies .*ANTIBACKDOOR_CACHE")
     assert len(load.load(array).train) == 12
 

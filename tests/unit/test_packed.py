@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from antibackdoor.data import packed, rows
+from antibackdoor.data import packed
+from antibackdoor.data.copies import copies_of
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load
-from antibackdoor.data.mapped import copies_of
-from antibackdoor.data.rows import MemoryMap, View
+from antibackdoor.data.rows import FileRows, View
 from antibackdoor.errors import InputError
 from tiny import same_weights, train
 from toy_files import write_images
@@ -25,7 +24,7 @@ from toy_files import write_images
 
 def on_disk(splits: Splits) -> bool:
     found = [data.x.source if isinstance(data.x, View) else data.x for data in (splits.train, splits.test) if data]
-    return all(isinstance(x, MemoryMap) for x in found)
+    return all(isinstance(x, FileRows) for x in found)
 
 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -109,7 +108,7 @@ def test_what_would_fill_the_memory_goes_to_disk(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(packed, "BLOCK", 10 * 16 * 16 * 3)
     for _ in range(2):
         splits = load(folder)
-        assert isinstance(splits.train.x, MemoryMap) and splits.train.fingerprint() == want
+        assert isinstance(splits.train.x, FileRows) and splits.train.fingerprint() == want
     assert any((tmp_path / "elsewhere").rglob("*.bin"))
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("elsewhere", "photos")] == []
     assert isinstance(load(folder, memory_map=False).train.x, torch.Tensor)
@@ -125,28 +124,3 @@ def test_a_failed_copy_leaves_nothing_behind(folder: Path, monkeypatch: pytest.M
             load(folder, memory_map=True)
     assert not [file for file in copies_of(folder, ()).parent.rglob("*") if file.is_file()]
     assert on_disk(load(folder, memory_map=True))
-
-
-def resident(file: Path) -> int:
-    """Bytes of a mapped file that this process holds on to."""
-    found, here = 0, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        if " " in line and "-" in line.split()[0]:
-            here = line.endswith(str(file))
-        elif here and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system alone decides")
-def test_memory_does_not_grow_with_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    array = np.arange(2**21, dtype=np.float32).reshape(-1, 64)
-    file = tmp_path / "rows.bin"
-    array.tofile(file)
-    mapped = MemoryMap(np.memmap(file, dtype=np.float32, mode="r", shape=array.shape))
-    order = torch.randperm(len(array), generator=torch.Generator().manual_seed(0))
-    for limit, most in ((2**30, 2**23), (2**20, 2**20)):
-        monkeypatch.setattr(rows, "RESIDENT", limit)
-        assert all(torch.equal(mapped[part], torch.from_numpy(array)[part]) for part in order.split(1000))
-        assert resident(file) <= most
-        assert limit == 2**20 or resident(file) > most / 2, "what is measured here is there"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from antibackdoor.data.arrays import load_npz, write_npz
+from antibackdoor.data.copies import copies_of
 from antibackdoor.data.core import check_trainable
 from antibackdoor.data.load import load
-from antibackdoor.data.mapped import copies_of
 from antibackdoor.errors import InputError
 
 RNG = np.random.default_rng(0)

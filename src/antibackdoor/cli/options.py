@@ -162,7 +162,7 @@ class ReadingSets(Reading):
     memory_map: Annotated[
         bool | None,
         typer.Option(
-            help="Read images, or an .npz, from a copy on disk as needed, beside the data or in $ANTIBACKDOOR_CACHE.",
+            help="Read images, or an .npz, as needed from a copy on disk, which lies in $ANTIBACKDOOR_CACHE.",
             show_default="where they would fill a quarter of the memory",
             rich_help_panel=DATA,
         ),

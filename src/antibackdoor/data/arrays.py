@@ -1,4 +1,4 @@
-"""`.npz` files <-> Splits, in memory or mapped from disk."""
+"""`.npz` files <-> Splits, in memory or read from disk as needed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from antibackdoor.data.copies import keep_rows
 from antibackdoor.data.core import Data, Rows, Spec, Splits
-from antibackdoor.data.mapped import map_made, map_member
 from antibackdoor.data.npy import Array, Header, open_member, read_member
-from antibackdoor.data.rows import MemoryMap
 from antibackdoor.data.series import Missing, bounds, clean
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically
@@ -43,7 +42,7 @@ def load_npz(path: Path, *, test: Path | None = None, missing: Missing = "refuse
     `(n, T)`, shorter ones with a NaN tail or with `lengths_train`, `lengths_test`, and become float32 with a zero tail.
     Labels are integers 0..K-1; without `classes` the classes are named "0".."K-1". Pickled objects are never read.
     test: another `.npz` to take the test set from (its test part if it has one, else its only part).
-    memory_map: copy the samples once, as they are stored, to the cache folder and read them from there.
+    memory_map: copy the samples once to the cache folder, unpacked and cleaned, and read them from there.
     Raises InputError for anything that does not fit.
     """
     train = _Part(path, ("train", ""), missing, memory_map)
@@ -105,7 +104,6 @@ class _Raw:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     blocks: Callable[[], Iterator[Array]]
-    mapped: Array | None = None
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 0
@@ -176,7 +174,7 @@ class _Part:
             if name != "classes" and told.rows != x.rows:
                 raise InputError(f"{where} holds {x.rows:,} samples, but {key} has {told.rows:,}; give one for each.")
         refuse_rows(self.path, x.rows, self.path.stat().st_size)
-        if not self.memory_map:
+        if not self.memory_map or x.columns_first:
             refuse_beyond_memory(where, x.nbytes // (2 if x.dtype.itemsize == 8 else 1))
 
     def load(self, name: str) -> Array:
@@ -200,17 +198,16 @@ class _Part:
         labels = torch.from_numpy(y)
         if raw.dtype == np.uint8:
             _check_images(raw, where)
-            if raw.mapped is not None:
-                x: Rows = MemoryMap(raw.mapped, (0, 3, 1, 2))
+            if self.memory_map:
+                x: Rows = keep_rows(self.path, self.key("x"), raw.shape, raw.dtype, raw.blocks, order=(0, 3, 1, 2))
             else:  # turned block by block, so that there is never a second copy of the set
                 whole = np.empty((len(raw), raw.shape[3], *raw.shape[1:3]), dtype=np.uint8)
                 for rows, block in zip(range(0, len(raw), raw.step), raw.blocks(), strict=True):
                     whole[rows : rows + raw.step] = block.transpose(0, 3, 1, 2)
                 x = torch.from_numpy(whole)
             return Data(x, labels, Spec("image", tuple(x.shape[1:]), classes), ids)
-        series, lengths = self._series(raw, ids, where)
-        low, high = self._range(series, where) if train is None else (train.low, train.high)
-        x = MemoryMap(series) if self.memory_map else torch.from_numpy(series)
+        x, lengths = self._series(raw, ids, where)
+        low, high = self._range(x, where) if train is None else (train.low, train.high)
         spec = Spec("series", tuple(x.shape[1:]), classes, low, high)
         return Data(x, labels, spec, ids, None if lengths is None else torch.from_numpy(lengths))
 
@@ -233,20 +230,14 @@ class _Part:
         return names
 
     def _raw(self) -> _Raw:
-        """The samples as the file holds them."""
-        key = self.key("x")
-        told = self.headers[key]
-        if not self.memory_map and not told.columns_first:
-            return _Raw(told.shape, told.dtype, self._stream)
-        if self.memory_map:
-            with _reading(self.path, key):
-                array = map_member(self.path, key)
-        else:
-            array = self.load(key)
+        """The samples as the file holds them; columns first, they have to be read as a whole."""
+        told = self.headers[self.key("x")]
+        return _Raw(told.shape, told.dtype, self._turned if told.columns_first else self._stream)
+
+    def _turned(self) -> Iterator[Array]:
+        array = self.load(self.key("x"))
         step = _step(array.shape, array.dtype)
-        starts = range(0, len(array), step)
-        pieces = partial(map, lambda start: array[start : start + step], starts)
-        return _Raw(array.shape, array.dtype, pieces, array if self.memory_map else None)
+        return (array[start : start + step] for start in range(0, len(array), step))
 
     def _stream(self) -> Iterator[Array]:
         key = self.key("x")
@@ -260,9 +251,7 @@ class _Part:
                 yield np.frombuffer(content, dtype=dtype).reshape(rows, *shape[1:])
             file.read(1)  # only at its end the archive compares its checksum
 
-    def _series(
-        self, raw: _Raw, ids: Sequence[str], where: str
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]:
+    def _series(self, raw: _Raw, ids: Sequence[str], where: str) -> tuple[Rows, npt.NDArray[np.int64] | None]:
         """Clean series `(n, C, T)` and their lengths (None where all are of full length and none were given)."""
         if raw.dtype not in (np.float32, np.float64) or len(raw.shape) not in (2, 3) or 0 in raw.shape[1:]:
             raise InputError(
@@ -272,23 +261,25 @@ class _Part:
         shape = raw.shape if len(raw.shape) == 3 else (len(raw), 1, raw.shape[1])
         given = self.optional("lengths")
 
-        def fill(out: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-            ends = np.zeros(len(raw), dtype=np.int64)
+        def cleaned() -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
             for start, block in zip(range(0, len(raw), raw.step), raw.blocks(), strict=True):
                 rows = slice(start, start + raw.step)
                 known = None if given is None else given[rows].astype(np.int64)
-                cases = block.reshape(-1, *shape[1:])
-                out[rows], ends[rows] = clean(cases, known, ids[rows], self.missing, where)
-            return ends
+                yield clean(block.reshape(-1, *shape[1:]), known, ids[rows], self.missing, where)
 
-        if self.memory_map:
-            x, ends = map_made(self.path, f"{self.key('x')}-{self.missing}", shape, fill)
+        if self.memory_map:  # two copies, either of which may be there already
+            name = f"{self.key('x')}-{self.missing}"
+            x: Rows = keep_rows(self.path, name, shape, np.float32, lambda: (cases for cases, _ in cleaned()))
+            kept = keep_rows(self.path, f"{name}-lengths", shape[:1], np.int64, lambda: (ends for _, ends in cleaned()))
+            ends = kept[torch.arange(len(raw))].numpy()
         else:
-            x = np.empty(shape, dtype=np.float32)
-            ends = fill(x)
+            whole, ends = np.empty(shape, dtype=np.float32), np.empty(len(raw), dtype=np.int64)
+            for start, (cases, block_ends) in zip(range(0, len(raw), raw.step), cleaned(), strict=True):
+                whole[start : start + raw.step], ends[start : start + raw.step] = cases, block_ends
+            x = torch.from_numpy(whole)
         return x, None if given is None and (ends == shape[2]).all() else ends
 
-    def _range(self, x: npt.NDArray[np.float32], where: str) -> tuple[float, float]:
+    def _range(self, x: Rows, where: str) -> tuple[float, float]:
         low, high = bounds(x)
         if not self.has("value_range"):
             return low, high

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from antibackdoor.data.arrays import load_npz, write_npz
+from antibackdoor.data.copies import cache_root
 from antibackdoor.data.core import Data, Kind, Spec, Splits
-from antibackdoor.data.mapped import cache_root
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, unknown
 

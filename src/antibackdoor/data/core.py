@@ -20,7 +20,7 @@ Kind = Literal["image", "series"]
 
 
 class Rows(Protocol):
-    """Samples that can be gathered by row number: a tensor, a memory map, an overlay."""
+    """Samples that can be gathered by row number: a tensor, a file, an overlay."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -116,12 +116,11 @@ class Data:
         )
 
     def chunks(self) -> Iterator[Tensor]:
-        """Row numbers `0..n-1` in pieces of at most 4,096 rows and 32 MiB, for passes in bounded memory."""
-        row = math.prod(self.spec.shape) * self.x.dtype.itemsize
-        return iter(torch.arange(len(self)).split(min(4096, max(1, 2**25 // row))))
+        """Row numbers in `pieces`."""
+        return pieces(self.x)
 
     def fingerprint(self) -> str:
-        """A content hash of samples, labels, ids and spec; equal for the same data in memory or memory-mapped."""
+        """A content hash of samples, labels, ids and spec; equal for the same data in memory or on disk."""
         digest = hashlib.sha256(repr(self.spec).encode())
         digest.update(self.y.cpu().numpy().astype("<i8").tobytes())
         digest.update("\x00".join(self.ids).encode("utf-8", "surrogatepass"))
@@ -139,6 +138,12 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def pieces(x: Rows) -> Iterator[Tensor]:
+    """Row numbers `0..n-1` in pieces of at most 4,096 rows and 32 MiB, for passes in bounded memory."""
+    row = math.prod(x.shape[1:]) * x.dtype.itemsize
+    return iter(torch.arange(len(x)).split(min(4096, max(1, 2**25 // row))))
 
 
 def taken(x: Rows, rows: Tensor) -> Rows:

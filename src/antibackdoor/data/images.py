@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
 from antibackdoor.data.labels import number
-from antibackdoor.data.mapped import stamp
 from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, visible
 from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special

@@ -16,10 +16,10 @@ from antibackdoor.data.arrays import load_npz, load_samples_npz
 from antibackdoor.data.arrow import EXTENSIONS as TABLES
 from antibackdoor.data.arrow import is_arrow_folder, load_arrow
 from antibackdoor.data.catalog import CATALOG, found_named, load_named
+from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
-from antibackdoor.data.mapped import fills_memory
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
@@ -107,8 +107,8 @@ def _load(
         raise InputError(f"{path} is read as {kind}, which cannot be memory-mapped; images and .npz files can.")
     if kind == "npz":
         _refuse_size(path, image_size)
-        mapped = fills_memory(path) if memory_map is None else memory_map
-        return load_npz(path, test=held, missing=missing, memory_map=mapped)
+        from_disk = fills_memory(path) if memory_map is None else memory_map
+        return load_npz(path, test=held, missing=missing, memory_map=from_disk)
     if kind == "series":
         _refuse_size(path, image_size)
         return load_series(path, test=held, missing=missing)

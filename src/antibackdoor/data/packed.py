@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
+from antibackdoor.data.copies import can_keep, copies_of, keep_only
 from antibackdoor.data.core import Rows
-from antibackdoor.data.mapped import can_keep, copies_of, keep_only
-from antibackdoor.data.rows import MemoryMap
+from antibackdoor.data.rows import FileRows
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, read_json, write_json
 from antibackdoor.limits import memory, refuse_beyond_memory
@@ -91,7 +91,7 @@ class Pack:
         parts: list[Rows] = []
         for split, count in enumerate(self.old.counts):
             file, shape = self.folder / f"{split}.bin", (count, 3, height, width)
-            parts.append(MemoryMap(np.memmap(file, dtype=np.uint8, mode="r", shape=shape)))
+            parts.append(FileRows(file, shape, np.uint8))
         return (width, height), parts, self.old.bad
 
     def writer(self, split: int, shape: tuple[int, ...]) -> Writer:
@@ -103,12 +103,12 @@ class Pack:
 
         size: (width, height); bad: what is wrong with some rows of each split.
         """
-        if self.folder is None or not any(isinstance(part, MemoryMap) for part in rows):
+        if self.folder is None or not any(isinstance(part, FileRows) for part in rows):
             return
         for split, part in enumerate(rows):
             if isinstance(part, Tensor):  # small beside the one that was written
                 if not len(part):
-                    return  # refused by the caller; an empty file cannot be mapped
+                    return  # refused by the caller
                 atomically(self.folder / f"{split}.bin", part.numpy().tofile)
         keep_only(self.folder)
         told = Contents(size=size, counts=[len(part) for part in rows], bad=list(bad))
@@ -178,7 +178,7 @@ class Writer:
                 os.fsync(self.out.fileno())
                 self.out.close()
                 self.part.replace(self.file)
-            return MemoryMap(np.memmap(self.file, dtype=np.uint8, mode="r", shape=(self.count, *self.shape)))
+            return FileRows(self.file, (self.count, *self.shape), np.uint8)
         whole = np.empty((self.count, *self.shape), dtype=np.uint8)
         end = self.count
         while self.blocks:  # each is let go once it is copied, so there is never a second copy of the set

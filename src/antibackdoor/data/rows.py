@@ -2,65 +2,90 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
-from collections.abc import Sequence
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from antibackdoor.data.core import Rows
-
-RESIDENT = 2**26
-"""Bytes of a mapped file that a process holds on to at a time."""
-AROUND = 2**20
-"""Bytes that the system maps around the one that is asked for: a whole block of its cache, of up to some MiB."""
+from antibackdoor.errors import InputError
 
 
-class MemoryMap:
-    """Rows of a file on disk, read when asked for; `order` permutes axes (NHWC on disk -> NCHW).
+class FileRows:
+    """Rows of a file of bare numbers, `shape` of `dtype`, read when asked for; `order` permutes axes (NHWC -> NCHW).
 
-    What was read stays in the system's cache of files, but this process lets go of it every `RESIDENT` bytes, so that
-    its memory does not grow with the set.
+    Read, not mapped: the memory of the process stays that of one batch, and a file that is cut short or a drive that
+    fails is told in a sentence, where the system would end a process that had it mapped.
+    Raises InputError where the file does not hold that many bytes, and where it cannot be read.
     """
 
-    def __init__(self, array: np.ndarray, order: tuple[int, ...] | None = None):
-        self._source = array, order
-        self.array = array if order is None else array.transpose(order)
-        self.dtype = torch.from_numpy(np.empty(0, self.array.dtype)).dtype
-        self._map: mmap.mmap | None = getattr(array, "_mmap", None)
-        self._touched = 0
+    def __init__(self, file: Path, shape: Sequence[int], dtype: npt.DTypeLike, order: Sequence[int] | None = None):
+        self._given = file, tuple(shape), np.dtype(dtype), order
+        self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        self._one = threading.Lock()
+        with self._reading():
+            self._file = file.open("rb", buffering=0)
+            wanted, there = math.prod(shape) * np.dtype(dtype).itemsize, os.fstat(self._file.fileno()).st_size
+        if there != wanted:
+            raise InputError(f"{file} holds {there:,} bytes, not {wanted:,}; remove it, and it is made again.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process of the run: the place in the file in place of what stands there."""
-        array, order = self._source
-        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.filename is not None:
-            return _mapped, (str(array.filename), array.dtype.str, array.offset, array.shape, order)
-        return MemoryMap, (array, order)
+        return FileRows, self._given
 
     @property
     def shape(self) -> Sequence[int]:
         """`(n, ...)`."""
-        return self.array.shape
+        _, shape, _, order = self._given
+        return shape if order is None else tuple(shape[axis] for axis in order)
 
     def __len__(self) -> int:
-        return len(self.array)
+        return self.shape[0]
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        # Fancy indexing copies, so the caller never holds a view into the file.
-        found = np.ascontiguousarray(self.array[rows.cpu().numpy()])
-        self._touched += found.nbytes + len(found) * AROUND
-        if self._map is not None and self._touched > RESIDENT and sys.platform == "linux":
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
-        return torch.from_numpy(found)
+        _, shape, dtype, order = self._given
+        numbers = rows.cpu().numpy()
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"row {numbers.min()} or {numbers.max()} of {len(self)}")
+        found = np.empty((len(numbers), *shape[1:]), dtype)
+        starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)  # of runs of neighbors, which are read at once
+        with self._reading():
+            for start, end in zip(starts, np.append(starts, len(numbers))[1:], strict=True):
+                self._read(found[start:end], int(numbers[start]))
+        return torch.from_numpy(found if order is None else np.ascontiguousarray(found.transpose(order)))
 
+    def _read(self, out: npt.NDArray[Any], row: int) -> None:
+        """Fill `out` with what stands from `row` on."""
+        left, place = out.data.cast("B"), row * out[:1].nbytes
+        while left:
+            count = self._read_some(left, place)
+            if not count:
+                raise OSError(0, "it was cut short while it was read")
+            left, place = left[count:], place + count
 
-def _mapped(file: str, dtype: str, offset: int, shape: tuple[int, ...], order: tuple[int, ...] | None) -> MemoryMap:
-    return MemoryMap(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape), order)
+    def _read_some(self, out: memoryview, place: int) -> int:
+        """As much as comes at once; the file's own position is shared by threads and by forked processes."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [out], place)
+        with self._one:
+            self._file.seek(place)
+            return self._file.readinto(out) or 0
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot read {self._given[0]}: {error.strerror or error}.") from None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.data.core import Data, Rows, Spec, Splits, pieces
 from antibackdoor.data.labels import number
 from antibackdoor.errors import InputError
 from antibackdoor.limits import (
@@ -221,7 +221,7 @@ def from_cases(
     unequal = any((lengths < longest).any() for _, lengths, _ in cleaned)
     for (x, lengths, ids), names in zip(cleaned, (train_names, test_names), strict=False):
         y, classes = number(names, ids, data[0].spec.classes if data else None)
-        low, high = (data[0].spec.low, data[0].spec.high) if data else bounds(x)
+        low, high = (data[0].spec.low, data[0].spec.high) if data else bounds(torch.from_numpy(x))
         spec = Spec("series", x.shape[1:], tuple(classes), low, high)
         data.append(Data(torch.from_numpy(x), y, spec, ids, torch.from_numpy(lengths) if unequal else None))
     return Splits(*data)
@@ -270,12 +270,12 @@ def clean(
     return x, lengths
 
 
-def bounds(x: npt.NDArray[np.float32]) -> tuple[float, float]:
+def bounds(x: Rows) -> tuple[float, float]:
     """Smallest and largest stored value, padding included, so that every stored row lies within; read in pieces."""
-    if x.size == 0:
+    if 0 in x.shape:
         return 0.0, 1.0
-    pieces = [x[start : start + 4096] for start in range(0, len(x), 4096)]
-    return float(min(piece.min() for piece in pieces)), float(max(piece.max() for piece in pieces))
+    found = [torch.aminmax(x[rows]) for rows in pieces(x)]
+    return float(min(low for low, _ in found)), float(max(high for _, high in found))
 
 
 def _refuse_first(bad: npt.NDArray[np.bool_], ids: Sequence[str], where: str, what: str) -> None:

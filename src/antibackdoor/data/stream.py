@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, decode_image, in_threads
 from antibackdoor.data.labels import number
-from antibackdoor.data.mapped import stamp
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, visible

@@ -1,4 +1,4 @@
-"""Copies of data that can be mapped into memory, kept in the user's own folder for such things.
+"""Copies of data on disk from which rows are read as needed, kept in the user's own folder for such things.
 
 Never beside the data: whoever made these could have put a copy of other content there, or a link to a folder whose
 files would then be taken for outdated copies.
@@ -7,6 +7,7 @@ files would then be taken for outdated copies.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -17,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import open_memmap
 
+from antibackdoor.data.rows import FileRows
 from antibackdoor.errors import InputError
 from antibackdoor.files import atomically, refuse_other
 from antibackdoor.limits import memory, refuse_special
@@ -29,7 +30,7 @@ OURS = re.compile(r"[0-9a-f]{32}")
 
 
 def fills_memory(path: Path, share: float = 0.25) -> bool:
-    """Whether the arrays of an `.npz` would take more than this share of the memory, and can be mapped instead."""
+    """Whether the arrays of an `.npz` would take more than this share of the memory, and can be copied instead."""
     try:
         refuse_special(path)
         with zipfile.ZipFile(path) as archive:
@@ -103,54 +104,27 @@ def _copies(path: Path) -> Path:
     return folder
 
 
-def _mapped(file: Path) -> npt.NDArray[Any] | None:
-    """The array in a copy; None where it is missing or damaged."""
+def keep_rows(
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: npt.DTypeLike,
+    blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+    order: tuple[int, ...] | None = None,
+) -> FileRows:
+    """The rows that come out of `blocks`, one block after the other, kept in a file beside other copies of `path`.
+
+    They must follow from the file and the name alone: where a copy of this size is there, it is taken as it is.
+    order: of the axes that the rows are to have.
+    """
+    file = _copies(path) / f"{name}.bin"
     refuse_other(file)
-    try:
-        found: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return found
+    if not file.exists() or file.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
 
+        def write(part: Path) -> None:
+            with part.open("wb") as out:
+                for block in blocks():
+                    out.write(np.ascontiguousarray(block, dtype).data)
 
-def map_member(path: Path, name: str) -> npt.NDArray[Any]:
-    """The array `name` of an `.npz`, mapped; a member is a whole .npy file, copied without passing through memory."""
-    cached = _copies(path) / f"{name}.npy"
-    if (found := _mapped(cached)) is not None:
-        return found
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-
-        def copy(part: Path) -> None:
-            with part.open("wb") as file:
-                shutil.copyfileobj(member, file, 1 << 20)
-
-        atomically(cached, copy)
-    return np.asanyarray(np.load(cached, mmap_mode="r", allow_pickle=False))
-
-
-def map_made(
-    path: Path, name: str, shape: tuple[int, ...], fill: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Float32 rows that `fill` wrote into an array of this shape, mapped, and the row lengths it returned."""
-    rows_file, lengths_file = (_copies(path) / f"{name}{end}.npy" for end in ("", "-lengths"))
-    rows, ends = _mapped(rows_file), _mapped(lengths_file)
-    if rows is not None and ends is not None and (rows.shape, ends.shape) == (shape, shape[:1]):
-        return rows, np.array(ends)
-    lengths = np.zeros(0, dtype=np.int64)
-
-    def write_rows(part: Path) -> None:
-        nonlocal lengths
-        out = open_memmap(part, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
-        if hasattr(os, "posix_fallocate"):  # else a disk that fills up would kill the process as it fills the map
-            with part.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        lengths = fill(out)
-        out.flush()
-
-    def write_lengths(part: Path) -> None:
-        with part.open("wb") as file:  # given a path, save would append .npy to it
-            np.save(file, lengths, allow_pickle=False)
-
-    atomically(rows_file, write_rows)
-    atomically(lengths_file, write_lengths)
-    return np.load(rows_file, mmap_mode="r", allow_pickle=False), lengths
+        atomically(file, write)
+    return FileRows(file, shape, dtype, order)
