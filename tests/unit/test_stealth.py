@@ -77,7 +77,7 @@ def test_ssim_of_dark_flat_images_by_hand() -> None:
     torch.testing.assert_close(ssim(black, dark), torch.tensor([0.5]), atol=1e-4, rtol=0)  # c1 / (c1 + c1)
 
 
-@pytest.mark.parametrize(("height", "broad", "width"), [(7, 9, 7), (8, 6, 5), (13, 14, 11)])
+@pytest.mark.parametrize(("height", "broad", "width"), [(7, 9, 7), (10, 8, 7), (13, 14, 11)])
 def test_ssim_by_the_formula_pixel_by_pixel(height: int, broad: int, width: int) -> None:
     rng, half = torch.Generator().manual_seed(2), width // 2
     one, two = (torch.rand(1, 1, height, broad, generator=rng, dtype=torch.float64) for _ in range(2))
