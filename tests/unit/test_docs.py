@@ -1,5 +1,6 @@
 """What the docs say of results is what the ledger says."""
 
+import json
 import re
 import runpy
 import shlex
@@ -31,6 +32,20 @@ def test_pages_and_figures_are_made_from_the_ledger() -> None:
 def test_the_page_of_costs_is_made_from_what_was_measured() -> None:
     text = runpy.run_path(str(ROOT / "docs" / "build_scale.py"))["page"]()
     assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == text, "run docs/build_scale.py: scale.md is old"
+
+
+def test_the_page_of_trust_says_what_was_measured() -> None:
+    text = " ".join((ROOT / "docs" / "trust.md").read_text(encoding="utf-8").split())
+    kills, mutants, coverage = (
+        json.loads((ROOT / "results" / "trust" / f"{name}.json").read_text("utf-8"))
+        for name in ("kills", "mutants", "coverage")
+    )
+    there = sum(row["mutants"] for row in mutants.values() if isinstance(row, dict))
+    share = 100 * mutants["killed"] / mutants["run"]
+    assert f"tried {mutants['run']} of {there}, at random: {mutants['killed']} were noticed, {share:.0f} %" in text
+    assert f"{coverage['percent_of_lines']} %" in text
+    assert f"{kills['kills']} kills over all {len(kills['kills_by_case'])} cases, none lost, none different" in text
+    assert kills["problems"] == []
 
 
 def test_the_filtering_figure_is_made_from_records() -> None:
