@@ -26,7 +26,8 @@ carry. One seed says little, and rows with n = 1 say so.
 """
 
 PARTS = {
-    "first-results-series": "## Time series\n\n1-D ResNet-18 of width 16, target class 0, 10 % of the set poisoned.",
+    "first-results-series": "## Time series\n\n1-D ResNet-18 of width 16, target class 0 (composite: 2; all_to_all: "
+    "each next one).",
     "first-results-cifar10": "## CIFAR-10, small scale\n\n20,000 training images, test set, ResNet-18 of width 16.",
 }
 

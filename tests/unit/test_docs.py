@@ -36,16 +36,18 @@ def test_the_page_of_costs_is_made_from_what_was_measured() -> None:
 
 def test_the_page_of_trust_says_what_was_measured() -> None:
     text = " ".join((ROOT / "docs" / "trust.md").read_text(encoding="utf-8").split())
-    kills, mutants, coverage = (
+    kills, mutants, coverage, soak = (
         json.loads((ROOT / "results" / "trust" / f"{name}.json").read_text("utf-8"))
-        for name in ("kills", "mutants", "coverage")
+        for name in ("kills", "mutants", "coverage", "soak")
     )
     there = sum(row["mutants"] for row in mutants.values() if isinstance(row, dict))
     share = 100 * mutants["killed"] / mutants["run"]
     assert f"tried {mutants['run']} of {there}, at random: {mutants['killed']} were noticed, {share:.0f} %" in text
     assert f"{coverage['percent_of_lines']} %" in text
     assert f"{kills['kills']} kills over all {len(kills['kills_by_case'])} cases, none lost, none different" in text
-    assert kills["problems"] == []
+    assert f"{soak['cells'] - soak['done_before']} cells in {soak['minutes']:.0f} minutes" in text
+    assert f"{soak['kills']['worker']} workers and {soak['kills']['bench']} bench killed" in text
+    assert kills["problems"] == [] and soak["problems"] == []
 
 
 def test_the_filtering_figure_is_made_from_records() -> None:

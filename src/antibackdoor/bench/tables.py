@@ -24,13 +24,15 @@ LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\
 def table(records: list[Record]) -> pd.DataFrame:
     """One row for each (data, budget, model, attack, defense): mean and standard deviation over n seeds, in per cent.
 
+    "rate" is the poisoned share of the training set that was asked for.
+
     Rows of attacks that stay under their gate without a defense say "attack did not take"; where the undefended cell is
     not in the ledger, they say so.
     """
     groups = _groups(records)
     rows = []
     for key, members in groups.items():
-        row = _labels(key)
+        row = _labels(key, members[0])
         for short, long in COLUMNS.items():
             row[short] = _mean(_values(members, long))
         row["n"] = len(members)
@@ -55,7 +57,7 @@ def detection_table(records: list[Record]) -> pd.DataFrame:
         split = [m for m in members if m["measures"].get("partitions") and _poisoned(m)]
         if not split:
             continue
-        row = _labels(key)
+        row = _labels(key, members[0])
         for short, long in DETECTION.items():
             last = [{"measures": m["measures"]["partitions"][-1]} for m in split]
             row[short] = _mean(_values(last, long))
@@ -106,11 +108,12 @@ def _groups(records: list[Record]) -> dict[Key, list[Record]]:
     return {key: list(members.values()) for key, members in ordered}
 
 
-def _labels(key: Key) -> dict[str, Any]:
+def _labels(key: Key, member: Record) -> dict[str, Any]:
     data, (size, epochs, batch), model, attack, _, variant = key
     budget = ", ".join(f"{name} {value}" for name, value in (("epochs", epochs), ("batch", batch)) if value)
     row = {"data": data, "training samples": size or "all", "budget": budget or "default", "model": model}
-    return {**row, "attack": attack, "defense": variant}
+    rate = member["cell"]["attack_options"].get("rate")
+    return {**row, "attack": attack, "rate": "" if rate is None else f"{rate:.3g}", "defense": variant}
 
 
 def _values(records: list[Record], measure: str) -> list[float]:
