@@ -6,6 +6,7 @@ what an honest set needs.
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import stat
@@ -13,6 +14,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,14 +97,19 @@ def read_table(path: Path, kinds: Mapping[str, Any], **more: Any) -> DataFrame:
     """A CSV table of a run folder or of a truth, a plain file of at most MAX_TABLE bytes; no word means "missing".
 
     kinds: the type of each column that is not left to pandas; more: for `pandas.read_csv`.
-    Raises InputError where it cannot be read.
+    Raises InputError where it cannot be read, and for a first row with more fields than the header, which pandas takes
+    for an index: of hundreds of thousands of columns it makes one in minutes.
     """
     import pandas as pd
 
     refuse_special(path, MAX_TABLE)
     try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            widths = [len(row) for row in islice(filter(None, csv.reader(file)), 2)]
+        if widths != sorted(widths, reverse=True):
+            raise ValueError(f"its first row has {widths[1]:,} fields, its header {widths[0]:,}")
         table: DataFrame = pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from None
         raise InputError(f"cannot read {path}: {error}.") from None

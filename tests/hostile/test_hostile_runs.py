@@ -23,7 +23,7 @@ from antibackdoor.models.pretrained import read_weights
 from antibackdoor.report.run import read_run
 from antibackdoor.runs import load_model, save_model
 from antibackdoor.settings import read_settings
-from hostile_files import array, npy, refused, sparse, written, zipped
+from hostile_files import array, bounded, npy, refused, sparse, written, zipped
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +242,10 @@ def test_a_gallery_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_table_of_suspects_that_somebody_else_wrote(tmp_path: Path) -> None:
     written(tmp_path / "suspects.csv", "a,b\n1,2\n")
     refused(lambda: read_suspects(tmp_path), "cannot read .*suspects.csv")
+    for quoted in ("", '"line\n",'):
+        written(tmp_path / "suspects.csv", "id,label\n\n" + quoted + "0," * 500_000 + "0\n")
+        with bounded():
+            refused(lambda: read_suspects(tmp_path), r"its first row has 500,00[12] fields, its header 2")
 
 
 SETTINGS: dict[str, tuple[str | bytes, str]] = {
