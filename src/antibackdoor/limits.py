@@ -14,6 +14,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ MAX_TEXT = 4 * GIB
 """Bytes of a file of series or a manifest, which are text."""
 MAX_TABLE = GIB
 """Bytes of a table, a history or a list of decisions in a run folder."""
+MAX_COLUMNS = 1000
+"""Columns of such a table, of which ours have seven."""
 MAX_NAME = 4096
 """Characters of an id or of the name of a class; no path is longer."""
 MAX_CLASSES = 100_000
@@ -97,17 +100,20 @@ def read_table(path: Path, kinds: Mapping[str, Any], **more: Any) -> DataFrame:
     """A CSV table of a run folder or of a truth, a plain file of at most MAX_TABLE bytes; no word means "missing".
 
     kinds: the type of each column that is not left to pandas; more: for `pandas.read_csv`.
-    Raises InputError where it cannot be read, and for a first row with more fields than the header, which pandas takes
-    for an index: of hundreds of thousands of columns it makes one in minutes.
+    Raises InputError where it cannot be read, for a header of more than MAX_COLUMNS, and for a first row with more
+    fields than the header: pandas takes these for an index, and minutes for hundreds of thousands of columns.
     """
     import pandas as pd
 
     refuse_special(path, MAX_TABLE)
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            widths = [len(row) for row in islice(filter(None, csv.reader(file)), 2)]
-        if widths != sorted(widths, reverse=True):
-            raise ValueError(f"its first row has {widths[1]:,} fields, its header {widths[0]:,}")
+            lines = iter(partial(file.readline, 2**20), "")  # one line may be as long as the file
+            header, row = [*(len(row) for row in islice(filter(None, csv.reader(lines)), 2)), 0, 0][:2]
+        if header > MAX_COLUMNS:
+            raise ValueError(f"it has {header:,} columns, more than {MAX_COLUMNS:,}")
+        if row > header:
+            raise ValueError(f"its first row has {row:,} fields, its header {header:,}")
         table: DataFrame = pd.read_csv(path, dtype=dict(kinds), keep_default_na=False, **more)
     except (OSError, ValueError, csv.Error) as error:
         if "out of memory" in str(error):

@@ -246,6 +246,9 @@ def test_a_table_of_suspects_that_somebody_else_wrote(tmp_path: Path) -> None:
         written(tmp_path / "suspects.csv", "id,label\n\n" + quoted + "0," * 500_000 + "0\n")
         with bounded():
             refused(lambda: read_suspects(tmp_path), r"its first row has 500,00[12] fields, its header 2")
+    written(tmp_path / "suspects.csv", ("id," * 2**24 + "label\n") * 2)  # of 48 MiB no more than one is looked at
+    with bounded():
+        refused(lambda: read_suspects(tmp_path), r"it has 349,526 columns, more than 1,000")
 
 
 SETTINGS: dict[str, tuple[str | bytes, str]] = {
