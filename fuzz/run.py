@@ -4,13 +4,14 @@ Each target runs in a process of its own, in turns. The parent starts it again w
 died of, and counts. Guided by coverage where `atheris` is installed, else by blind mutation of the corpus. In both
 cases an input may take five seconds, and a process one GiB beyond what it had before the first; that there was no more
 counts as broken, also where a reader made a sentence of it. The parent ends a target that stands still. Counts are
-added to those that FILE.json holds already; inputs that broke something stay in the folder `--work`. Where anything
-broke, the exit status is 1.
+added to those that FILE.json holds already; calls for different targets may write to it side by side. Inputs that broke
+something stay in the folder `--work`. Where anything broke, the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -266,6 +267,28 @@ def broken(row: dict[str, Any]) -> int:
     return len(row["found"]) + len(row["deaths"]) + (row["most_growth_mib"] > BYTES // 2**20)
 
 
+def rows_in(out: Path | None) -> dict[str, dict[str, Any]]:
+    """The rows that a record holds already."""
+    return {row["target"]: row for row in json.loads(out.read_text())["targets"]} if out and out.exists() else {}
+
+
+def kept(rows: dict[str, dict[str, Any]], out: Path | None, guided: bool) -> dict[str, Any]:
+    """The record with these rows in place of its own of the same targets, written to `out`."""
+    with (out.with_suffix(".lock") if out else Path(os.devnull)).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = rows_in(out) | rows
+        told = {
+            "engine": "atheris (libFuzzer, guided by coverage)" if guided else "blind mutation",
+            "executions": sum(row["executions"] for row in rows.values()),
+            "cpu_seconds": round(sum(row["cpu_seconds"] for row in rows.values())),
+            "broken": sum(broken(row) for row in rows.values()),
+            "targets": [rows[name] for name in sorted(rows)],
+        }
+        if out:
+            out.write_text(json.dumps(told, indent=1) + "\n")
+    return told
+
+
 def main() -> None:
     """All targets in turns, until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -282,30 +305,20 @@ def main() -> None:
     prepare(guided)
     os.nice(given.nice)
     names = given.targets or sorted(path.name for path in (HERE / "corpus").iterdir())
-    earlier = json.loads(given.out.read_text())["targets"] if given.out and given.out.exists() else []
-    before = dict.fromkeys(names, NOTHING) | {row["target"]: row for row in earlier}
-    for path in given.work.glob("*/told-*"):
+    before = {name: rows_in(given.out).get(name, {"target": name, **NOTHING}) for name in names}
+    for path in (path for name in names for path in (given.work / name).glob("told-*")):
         path.unlink()  # of a call before this one
-    deaths = {name: list(row["deaths"]) for name, row in before.items()}
-    spent = {name: float(row["cpu_seconds"]) for name, row in before.items()}
+    rows = dict(before)
     end, turn = time.monotonic() + given.seconds, 0
     while turn == 0 or time.monotonic() < end:
         name, seed = names[turn % len(names)], given.seed + 1000 * turn
         died, cost = fuzz(name, given.work / name, given.turn, seed, guided)
-        deaths[name], spent[name], turn = deaths[name] + died, spent[name] + cost, turn + 1
-        rows = [
-            {**numbers(n, given.work / n, before[n]), "cpu_seconds": round(spent[n], 1), "deaths": deaths[n]}
-            for n in sorted(before)
-        ]
-        told = {
-            "engine": "atheris (libFuzzer, guided by coverage)" if guided else "blind mutation",
-            "executions": sum(row["executions"] for row in rows),
-            "cpu_seconds": round(sum(spent.values())),
-            "broken": sum(broken(row) for row in rows),
-            "targets": rows,
+        rows[name] = {
+            **numbers(name, given.work / name, before[name]),
+            "cpu_seconds": round(rows[name]["cpu_seconds"] + cost, 1),
+            "deaths": rows[name]["deaths"] + died,
         }
-        if given.out:
-            given.out.write_text(json.dumps(told, indent=1) + "\n")
+        told, turn = kept(rows, given.out, guided), turn + 1
     print(json.dumps(told, indent=1))
     sys.exit(1 if told["broken"] else 0)
 
