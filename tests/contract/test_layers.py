@@ -51,6 +51,8 @@ HELPERS = {
     "defenses": {"base", "dual_head", "hearing", "suspects", "witness"},
     "detectors": {"base"},
 }
+HEAVY = {"sklearn", "scipy", "torchvision", "timm", "pyarrow", "onnx", "onnxruntime", "ray", "aeon"}
+"""Take a second or more to load, and most commands need none of them."""
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "os.system", "torch.load", "yaml.load", "pd.read_pickle", "pandas.read_pickle"}
 UNSAFE_KEYWORDS = {("allow_pickle", True), ("shell", True), ("weights_only", False)}
@@ -119,6 +121,12 @@ def test_a_defender_never_names_the_truth(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_loads_code_as_data(file: str) -> None:
     assert unsafe(FILES[file]) == []
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "estimator.py"])
+def test_what_takes_long_to_load_waits_for_its_use(file: str) -> None:
+    at_once = [node for node in ast.parse(FILES[file]).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not {name.split(".")[0] for node in at_once for name in imports(ast.unparse(node))} & HEAVY
 
 
 @pytest.mark.parametrize("file", [file for file, source in FILES.items() if source.strip()])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
@@ -104,6 +103,8 @@ def detection_measures(outcome: Outcome, truth: Truth) -> dict[str, Any]:
         "suggested_labels_true": share((outcome.suggested == truth.labels)[flagged & poison]),
     }
     if poison.any() and not poison.all():
+        from sklearn.metrics import average_precision_score, roc_auc_score  # takes a second to load
+
         measures["auroc"] = {"value": float(roc_auc_score(poison.numpy(), scores.numpy())), "n": len(scores)}
         measures["average_precision"] = {
             "value": float(average_precision_score(poison.numpy(), scores.numpy())),

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from antibackdoor.seeds import derive
@@ -68,6 +65,9 @@ def clusters(features: Tensor, label: int = 0, components: int = 10) -> tuple[Te
     distances to the centers of the smaller and the larger one and s the silhouette, `(m,)` in [-1, 1]; whether it is in
     the smaller one, `(m,)` bool; and s, of at most 2,000 samples, drawn from both clusters in proportion.
     """
+    from sklearn.cluster import KMeans  # takes a second to load, and most commands cluster nothing
+    from sklearn.decomposition import PCA
+
     seed = derive(0, "activation clustering", label) & 0x7FFFFFFF
     values = features.numpy()
     if components < min(values.shape):
@@ -83,6 +83,8 @@ def clusters(features: Tensor, label: int = 0, components: int = 10) -> tuple[Te
 
 
 def _silhouette(values: np.ndarray, group: np.ndarray, seed: int) -> float:
+    from sklearn.metrics import silhouette_score
+
     share = min(1.0, SILHOUETTE_SAMPLES / len(values))
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(group == side)) for side in (False, True)]
