@@ -67,6 +67,8 @@ def test_folder_of_a_hub_repository(tmp_path):
     splits = load(tmp_path)
     assert len(splits.train) == 9 and len(splits.test) == 3 and splits.train.ids[8] == "8"
     assert load(tmp_path, image_size=5).train.spec.shape == (3, 5, 5)
+    with pytest.raises(InputError, match="is not a number of pixels"):
+        load(tmp_path, image_size=(0, 4))
     samples, names = load_samples(tmp_path, splits.train.spec)
     assert len(samples) == 3 and names == NAMES
 

@@ -37,6 +37,12 @@ def test_folder_in_sorted_order(folder):
     assert train.x[0, :, 0, 0].tolist() == [200, 10, 30] and len(set(train.x[7, :, 0, 0].tolist())) == 1
 
 
+@pytest.mark.parametrize("size", [0, -3, (0, 4), (4, -1)])
+def test_sizes_that_no_image_has(folder, size):
+    with pytest.raises(InputError, match="is not a number of pixels; give 1 or more"):
+        load(folder, image_size=size)
+
+
 def test_sizes(folder):
     save(folder / "cat" / "large.png", size=(300, 200))
     assert load(folder).train.spec.shape == (3, 6, 8)

@@ -58,6 +58,8 @@ def test_sizes_and_gray():
     mixed = Items([(Image.new("L", (9 + k, 7)), k % 2) for k in range(3)])
     with pytest.raises(InputError, match="different shapes"):
         load(mixed)
+    with pytest.raises(InputError, match="is not a number of pixels"):
+        load(mixed, image_size=(6, 0))
     assert load(mixed, image_size=6).train.spec.shape == (3, 6, 6)
     assert load(Items([(PIXELS[k, :, :, 0], k % 2) for k in range(4)])).train.spec.shape == (1, 10, 8)
 

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
+from antibackdoor.data.images import Size
 from antibackdoor.data.ipc import at_stream, unpacked
 from antibackdoor.data.parquet import declared
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
+from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
 from antibackdoor.errors import InputError
 from antibackdoor.files import read_json
 from antibackdoor.limits import MAX_NAME, MAX_SAMPLE, inside, refuse_beyond_memory, refuse_growth, refuse_rows
@@ -76,8 +77,6 @@ def load_arrow(
     if len({part.column.image for part in parts}) > 1:
         raise InputError(f"{path}: one of training and test set holds images, the other series.")
     if parts[0].column.image:
-        if image_size is not None and image_size == 0:
-            raise InputError("image_size=0 is not a number of pixels; give 1 or more.")
         encoded = [Encoded(part.encoded, part.labels, part.files) for part in parts]
         held = encoded[1] if second else None
         return images(encoded[0], held, path, image_size, skip_unreadable=skip, memory_map=memory_map)

@@ -17,7 +17,7 @@ from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ MAX_DEPTH = 64
 TEST_NAMES = ("test", "val", "valid")
 FILES = 4096
 """Files that are handed to the threads at a time."""
+Size: TypeAlias = int | tuple[int, int] | None
+"""That images are resized to: a side, (width, height), or the most common one."""
 CLUTTER = {"thumbs.db", "desktop.ini"}
 
 T = TypeVar("T")
@@ -75,11 +77,21 @@ class Listing:
                 yield name, None
 
 
+def box_of(size: Size) -> tuple[int, int] | None:
+    """`(width, height)`; InputError for sides that no image has."""
+    if size is None:
+        return None
+    width, height = (size, size) if isinstance(size, int) else size
+    if min(width, height) < 1:
+        raise InputError(f"image_size={size} is not a number of pixels; give 1 or more.")
+    return width, height
+
+
 def load_folder(
     root: Path,
     *,
     test: Path | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: Size = None,
     skip_unreadable: bool = False,
     memory_map: bool | None = False,
 ) -> Splits:
@@ -106,7 +118,7 @@ def load_manifest(
     path: Path,
     *,
     test: Path | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: Size = None,
     skip_unreadable: bool = False,
     memory_map: bool | None = False,
 ) -> Splits:
@@ -227,18 +239,14 @@ def _read_splits(
     train: Listing,
     test: Listing | None,
     where: Path,
-    image_size: int | tuple[int, int] | None,
+    image_size: Size,
     skip: bool,
     memory_map: bool | None,
 ) -> Splits:
     if not train.ids:
         raise InputError(f"{where} lists no training images.")
-    if isinstance(image_size, int) and image_size < 1:
-        raise InputError(f"image_size={image_size} is not a number of pixels; give 1 or more.")
     listings = [train] if test is None or not test.ids else [train, test]
-    if isinstance(image_size, int):
-        image_size = (image_size, image_size)
-    return Splits(*_read_all(listings, where, image_size, skip, memory_map))
+    return Splits(*_read_all(listings, where, box_of(image_size), skip, memory_map))
 
 
 def _read_all(

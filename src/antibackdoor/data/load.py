@@ -19,7 +19,7 @@ from antibackdoor.data.catalog import CATALOG, found_named, load_named
 from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
-from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
+from antibackdoor.data.images import Size, has_class_folders, load_folder, load_manifest, load_unlabeled
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
@@ -33,7 +33,7 @@ def load(
     source: str | Path | Dataset[Any],
     *,
     test: str | Path | Dataset[Any] | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: Size = None,
     missing: Missing = "refuse",
     skip_unreadable: bool = False,
     memory_map: bool | None = None,
@@ -85,7 +85,7 @@ def _place(source: str | Path) -> str:
 def _load(
     source: str | Path,
     test: str | Path | None,
-    image_size: int | tuple[int, int] | None,
+    image_size: Size,
     missing: Missing,
     skip_unreadable: bool,
     memory_map: bool | None,
@@ -198,7 +198,7 @@ def _inside(path: Path) -> Path:
 def _load_named(
     name: str,
     test: Path | None,
-    image_size: int | tuple[int, int] | None,
+    image_size: Size,
     missing: Missing,
     memory_map: bool,
     data_root: Path | None,
@@ -226,6 +226,6 @@ def _kind(path: Path) -> str:
     )
 
 
-def _refuse_size(path: Path, image_size: int | tuple[int, int] | None) -> None:
+def _refuse_size(path: Path, image_size: Size) -> None:
     if image_size is not None:
         raise InputError(f"{path} holds arrays of one size already; image_size is for image files.")

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from antibackdoor.data.core import Data, Spec, Splits
+from antibackdoor.data.images import Size, box_of
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import Labels, Size, chunks, numbered, series
+from antibackdoor.data.stream import Labels, chunks, numbered, series
 from antibackdoor.errors import InputError
 
 SAMPLES = ("image", "x", "series", "data", "inputs")
@@ -56,7 +57,7 @@ class _Part:
     """One split, read to its end."""
 
     def __init__(self, dataset: Dataset[Any], what: str, size: Size):
-        self.what, self.size = what, size
+        self.what, self.box = what, box_of(size)
         self.rows: list[npt.NDArray[Any]] = []
         given: list[str | int] = []
         for row, item in enumerate(_items(dataset)):
@@ -98,9 +99,8 @@ class _Part:
         """uint8 `(C, H, W)` or float64 `(C, T)`."""
         if isinstance(sample, Image.Image):
             rgb = sample.convert("RGB")
-            if self.size is not None:
-                box = (self.size, self.size) if isinstance(self.size, int) else self.size
-                rgb = rgb.resize(box, Image.Resampling.BILINEAR)
+            if self.box is not None:
+                rgb = rgb.resize(self.box, Image.Resampling.BILINEAR)
             return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
         array = sample.detach().cpu().numpy() if isinstance(sample, Tensor) else np.asarray(sample)
         where = f"sample {row} of the {self.what}"
@@ -122,10 +122,9 @@ class _Part:
         )
 
     def _resized(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        if self.size is None:
+        if self.box is None:
             return pixels
-        box = (self.size, self.size) if isinstance(self.size, int) else self.size
-        planes = [np.asarray(Image.fromarray(plane).resize(box, Image.Resampling.BILINEAR)) for plane in pixels]
+        planes = [np.asarray(Image.fromarray(plane).resize(self.box, Image.Resampling.BILINEAR)) for plane in pixels]
         return np.stack(planes)
 
 

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
+from antibackdoor.data.images import Size
 from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import Encoded, Labels, Size, found_in, images, series
+from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
 from antibackdoor.errors import InputError
 from antibackdoor.limits import MAX_SAMPLE
 

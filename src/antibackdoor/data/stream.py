@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits
-from antibackdoor.data.images import FORMATS, MAX_SIDE, decode_image, in_threads
+from antibackdoor.data.images import FORMATS, MAX_SIDE, Size, box_of, decode_image, in_threads
 from antibackdoor.data.labels import number
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
@@ -30,10 +30,8 @@ CHUNK = 256
 """Encoded images in memory at a time."""
 CHUNK_BYTES = 256 * 2**20
 """Bytes of encoded images in memory at a time."""
-
 PLACES = ("data", "train", "test", "validation", "valid", "val")
 
-Size: TypeAlias = int | tuple[int, int] | None
 Item = TypeVar("Item")
 
 
@@ -73,12 +71,13 @@ def images(
     memory_map: see `Pack`. What was written before is read anew for its names and labels, but not decoded.
     """
     splits = [part for part in (train, test) if part is not None]
-    pack = Pack(where, chain([size], *(part.state() for part in splits)), memory_map)
+    asked = box_of(size)
+    pack = Pack(where, chain([asked], *(part.state() for part in splits)), memory_map)
     if pack.old is not None:
         box, read, bad = pack.saved()
         ids = [[name for name, _ in part.read()] for part in splits]
     else:
-        box = (size, size) if isinstance(size, int) else size or _common_size(train.read())
+        box = asked or _common_size(train.read())
         decoded = [_decode(part.read(), box, pack, split) for split, part in enumerate(splits)]
         read, bad = [x for x, _, _ in decoded], [found for _, _, found in decoded]
         ids = [names for _, names, _ in decoded]

@@ -13,6 +13,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from antibackdoor.data.core import Data, Splits
+from antibackdoor.data.images import Size
 from antibackdoor.data.load import at_hand, load
 from antibackdoor.data.series import Missing
 from antibackdoor.errors import InputError
@@ -75,7 +76,7 @@ class Told(BaseModel):
 
     source: str
     test: str | None = None
-    image_size: int | tuple[int, int] | None = None
+    image_size: Size = None
     missing: Missing = "refuse"
     skip_unreadable: bool = False
     memory_map: bool | None = None
