@@ -335,6 +335,16 @@ SERIES: dict[str, tuple[str, str | bytes, str]] = {
     "ragged tsv": ("tsv", "1\t2\n1\t2\t3\t4\n", "line 2 has 3 values after its label; all lines need the same number"),
     "tsv of five million columns": ("tsv", "1" + "\t" * 5_000_000 + "\n", "line 1 has 5,000,000 values"),
     "tsv without an end of its line": ("tsv", "1" * (2**26 + 2), "line 1 has more than 67,108,864 characters"),
+    "ts of ten thousand lines and no data": (
+        "ts",
+        TS.replace("@data", "@\n" * 10_000),
+        "no line @data among its first",
+    ),
+    "arff of ten thousand lines and no data": (
+        "arff",
+        ARFF.replace("@data", "@attribute more numeric\n" * 10_000),
+        "no line @data among its first 10,000",
+    ),
     "a long label on one line of many": (
         "ts",
         TS + "1,2:" + "a" * 4000 + "\n" + "1,2:b\n" * 100_000,

@@ -15,6 +15,7 @@ from antibackdoor.data.core import Data, Rows, Spec, Splits, pieces
 from antibackdoor.data.labels import number
 from antibackdoor.errors import InputError
 from antibackdoor.limits import (
+    MAX_HEADER,
     MAX_SAMPLE,
     MAX_STEPS,
     MAX_TEXT,
@@ -160,6 +161,8 @@ def _check_lines(path: Path, kind: str) -> None:
             relational |= "@attribute" in lower and "relational" in lower
             starts = lower.strip() == "@data" if kind == ".ts" else "@data" in lower
             data |= starts
+            if place > MAX_HEADER and not data:
+                raise InputError(f"{path} has no line @data among its first {MAX_HEADER:,}.")
             if starts or not data:
                 continue
         between, after = (":", ":") if kind == ".ts" else ("\\n", "',") if relational else ("\\n", ",")
