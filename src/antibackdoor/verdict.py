@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
 from antibackdoor.intervals import lower, upper
 from antibackdoor.threats import references
+from antibackdoor.training.groups import FEW
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("bond", "division"))
     heard: float = min(
         lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9),
-        found["early"] / 0.5,
+        math.inf if found["stayed"] else found["early"] / 0.5,
         (1 - found["alike"]) / max(1 - limits["alike"], 1e-9),
     )
     return max(beyond_doubt, heard if found["n"] else 0.0)
@@ -112,12 +114,19 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 f"in clean data {counts}."
             )
         else:
-            early, mixed = found["early"] > 0.5, found["alike"] < limits["alike"]
+            mixed = found["alike"] < limits["alike"]
+            when = (
+                "early, as poison is"
+                if found["early"] > 0.5
+                else "late, and are not what they are labeled in the end either, when odd but clean samples are known"
+                if found["stayed"]
+                else "late, as odd but clean samples are"
+            )
             told += [
                 f"A model that learned from trusted samples takes more samples labeled {name!r} for other classes, "
                 f"with confidence, than mistakes explain {counts}.",
-                f"They were learned {'early, as poison is' if early else 'late, as odd but clean samples are'} (half "
-                f"of them earlier than {found['early']:.0%} of all samples; more than 50% is early).",
+                f"They were learned {when} (half of them earlier than {found['early']:.0%} of all samples; more than "
+                "50% is early).",
                 f"They look like {'many classes, as poison does' if mixed else 'one class, as a rare kind does'} (what "
                 f"they are taken for is {found['alike']:.0%} off the mix of all other classes; "
                 f"{limits['alike']:.0%} or more is one kind).",
@@ -125,8 +134,6 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
     return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
 
 
-FEW = 20
-"""In smaller classes no group of samples can be told from the rest; that nothing was found in them says nothing."""
 MANY = 0.4
 """A clean class of which the main model takes more than this share for others, unseen, would be no class at all."""
 

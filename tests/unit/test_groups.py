@@ -1,4 +1,4 @@
-"""Opinions shared by neighbors and weighed by how clearly they divide a class, on groups that are known."""
+"""Opinions shared by neighbors, and what is odd in a class, on groups that are known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.training.groups import clarity, company, halves, shared, weighed
+from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, oddness, shared
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -53,36 +53,55 @@ def test_of_a_large_class_some_are_asked() -> None:
     assert torch.equal(some > 0.5, group)
 
 
-def test_the_witness_that_sees_two_groups_is_believed() -> None:
-    group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
-    knows, guesses = group + 0.02 * normal(100, 4), 0.1 * normal(100, 5)
-    for heard in (weighed([knows], guesses, labels), weighed([guesses], knows, labels)):
-        assert heard[group].min() > heard[~group].max()
+ONE = torch.zeros(5, dtype=torch.int64)
+"""Labels of five samples of one class; the percentiles of five are 0.1, 0.3, ..., 0.9."""
 
 
-def test_each_class_believes_its_own_witness() -> None:
-    labels = torch.arange(200) // 100
-    group = torch.arange(200) % 100 < 30
-    knows, guesses = group + 0.02 * normal(200, 6), 0.1 * normal(200, 7)
-    heard = weighed([torch.where(labels == 0, knows, guesses)], torch.where(labels == 0, guesses, knows), labels)
-    for label in (0, 1):
-        assert heard[group & (labels == label)].min() > heard[~group & (labels == label)].max()
+def test_the_upper_end_is_odd() -> None:
+    assert oddness(torch.tensor([0.2, 0.9, 0.1, 0.8, 0.15]), ONE, 0.65).tolist() == pytest.approx(
+        [0.5, 0.9, 0.1, 0.7, 0.3]
+    )
 
 
-def test_a_clear_compass_turns_the_other_round_and_an_unclear_one_does_not() -> None:
-    group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
-    late = ~group + 0.1 * normal(100, 8)
-    firm, vague = group + 0.1 * normal(100, 9), 0.1 * (group + 0.5 * normal(100, 9))
-    heard = weighed([vague, firm], late, labels)
-    assert heard[group].min() > heard[~group].max()
-    heard = weighed([vague], late, labels)
-    assert heard[group].max() < heard[~group].min()
+@pytest.mark.parametrize(("most", "turned"), [(0.79, True), (0.8, False)])
+def test_an_upper_group_that_is_most_of_the_class_is_what_is_ordinary(most: float, turned: bool) -> None:
+    odd = oddness(torch.tensor([0.9, 0.91, 0.1, 0.92, 0.93]), ONE, most)
+    assert odd.tolist() == pytest.approx([0.7, 0.5, 0.9, 0.3, 0.1] if turned else [0.3, 0.5, 0.1, 0.7, 0.9])
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_opinions_that_say_nothing_weigh_nothing(n: int) -> None:
-    same = torch.ones(n)
-    assert weighed([same], same, torch.zeros(n, dtype=torch.int64)).tolist() == [0.0] * n
+def test_what_is_odd_is_so_within_its_class() -> None:
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 2])
+    opinions = torch.tensor([0.1, 0.1, 0.2, 0.9, 0.9, 0.95, 0.5])
+    assert oddness(opinions, labels, 0.65).tolist() == pytest.approx([1 / 6, 5 / 6, 0.5, 0.5, 5 / 6, 1 / 6, 0.5])
+
+
+def test_where_nobody_is_firm_the_worst_that_is_said_counts() -> None:
+    faint = 0.01 * torch.arange(5)
+    said = [torch.tensor([0.9, 0.1, 0.5, 0.3, 0.7]), torch.tensor([0.1, 0.3, 0.9, 0.5, 0.7])]
+    assert doubted([faint, faint], said, ONE).tolist() == pytest.approx([0.7, 0.1, 0.9, 0.3, 0.5])
+
+
+def test_where_somebody_is_firm_the_others_are_not_asked() -> None:
+    firm, faint = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0]), 0.01 * torch.arange(5)
+    assert clarity(firm) >= FIRM > clarity(faint)
+    own, other = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]), torch.tensor([0.9, 0.7, 0.5, 0.3, 0.1])
+    assert doubted([faint, firm], [other, own], ONE).tolist() == pytest.approx(own.tolist())
+    assert doubted([firm, firm], [other, own], ONE).tolist() == pytest.approx([0.7, 0.3, 0.1, 0.5, 0.9])
+
+
+def test_each_class_asks_its_own() -> None:
+    labels = torch.arange(10) // 5
+    firm, faint = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0]), 0.01 * torch.arange(5)
+    own, other = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]), torch.tensor([0.9, 0.7, 0.5, 0.3, 0.1])
+    heard = doubted([torch.cat([firm, faint]), torch.cat([faint, firm])], [torch.cat([own, other])] * 2, labels)
+    assert heard.tolist() == pytest.approx([*own.tolist(), *other.tolist()])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_of_a_class_of_few_something_is_said(n: int) -> None:
+    labels = torch.zeros(n, dtype=torch.int64)
+    odd = oddness(torch.ones(n), labels, 0.65)
+    assert odd.tolist() == doubted([torch.ones(n)], [odd], labels).tolist() == [(k + 0.5) / n for k in range(n)]
 
 
 def test_halves_tell_groups_from_one_distribution() -> None:
@@ -101,59 +120,6 @@ def test_clarity_of_one_distribution_and_of_two_groups() -> None:
 @pytest.mark.parametrize(("m", "expected"), [(1, 0), (2, 1), (5, 1), (25, 2), (199, 19), (200, 20), (5000, 20)])
 def test_with_how_many_a_sample_shares(m: int, expected: int) -> None:
     assert company(m, 20) == expected
-
-
-def test_opinions_are_added_as_they_divide_worked_by_hand() -> None:
-    """Clarity of (0, 0, 1, 1) is 1 / 0.05, its standardized values are -1 and 1; (0, 0.5, 0, 0.5) has 0.5^2 / 0.05."""
-    labels = torch.zeros(4, dtype=torch.int64)
-    one, other = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 0.5, 0.0, 0.5])
-    heard = weighed([one], other, labels)
-    assert heard.tolist() == pytest.approx([-1.0, (5 - 20) / 25, (20 - 5) / 25, 1.0])
-
-
-THIRD = 1 / math.sqrt(3)
-ONE_OF_FOUR = [-THIRD, -THIRD, -THIRD, 3 * THIRD]
-"""(0, 0, 0, d) standardized: its mean is d / 4, its standard deviation d sqrt(3) / 4. Its clarity is d^2 / 0.05."""
-
-
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("first", [False, True])
-def test_several_opinions_worked_by_hand(turned: bool, first: bool) -> None:
-    """The clear one, of clarity 20, wherever it stands, tells which end of the unsure one is meant."""
-    clear, vague = torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.0, 0, 0.1, 0.1])  # 20 and 0.2
-    unsure = torch.tensor([0.0, 0.2, 0, 0] if turned else [0.0, 0, 0, 0.2])  # 0.8
-    scaled = [ONE_OF_FOUR[0], ONE_OF_FOUR[3], *ONE_OF_FOUR[:2]] if turned else ONE_OF_FOUR
-    heard = weighed([clear, vague] if first else [vague, clear], unsure, torch.zeros(4, dtype=torch.int64))
-    parts = zip(ONE_OF_FOUR, [-1, -1, 1, 1], scaled, strict=True)
-    want = [(20 * one + 0.2 * other + (-0.8 if turned else 0.8) * third) / 21 for one, other, third in parts]
-    assert heard.tolist() == pytest.approx(want)
-
-
-def test_where_nobody_is_firm_nobody_is_turned() -> None:
-    vague, unsure = torch.tensor([0.0, 0, 0, 0.2]), torch.tensor([0.0, 1, 0, 0])  # 0.8 and 20
-    heard = weighed([vague], unsure, torch.zeros(4, dtype=torch.int64))
-    turned = zip(ONE_OF_FOUR, [ONE_OF_FOUR[0], ONE_OF_FOUR[3], *ONE_OF_FOUR[:2]], strict=True)
-    assert heard.tolist() == pytest.approx([(0.8 * one + 20 * other) / 20.8 for one, other in turned])
-
-
-def test_an_opinion_is_turned_if_it_runs_against_the_others_as_a_whole() -> None:
-    """The fourth sample is a little above the mean in one and below it in the other; all others are as they are."""
-    clear, unsure = torch.tensor([0.0, 0, 0, 0, 1, 1]), torch.tensor([0.0, 0, 0, 0.45, 1, 1])
-    heard = weighed([clear], unsure, torch.zeros(6, dtype=torch.int64))
-    assert heard[:3].max() < -0.7 and heard[4:].min() > 1.2
-
-
-def test_faint_opinions_are_as_loud_as_clear_ones() -> None:
-    faint = torch.tensor([0.0, 0, 0.1, 0.1])  # of clarity 0.2 each
-    assert weighed([faint], faint, torch.zeros(4, dtype=torch.int64)).tolist() == pytest.approx([-1, -1, 1, 1])
-
-
-def test_a_turned_opinion_counts_the_other_way_however_clear_it_is() -> None:
-    group, labels = torch.arange(100) < 30, torch.zeros(100, dtype=torch.int64)
-    firm, late = 0.5 * group + 0.05 * normal(100, 3), ~group + 0.01 * normal(100, 4)
-    assert clarity(late) > 3 * clarity(firm) > 3 * 1.5
-    heard = weighed([firm], late, labels)
-    assert heard[group].min() > heard[~group].max()
 
 
 @pytest.mark.parametrize("seed", range(20))

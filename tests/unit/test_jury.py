@@ -86,11 +86,12 @@ class Court:
         """The given labels, but for those in the mask other classes in turn."""
         return torch.where(mask, (self.given + 1 + torch.arange(40) % 3) % 4, self.given)
 
-    def hear(self, answers: Tensor, confidence: float = 0.99) -> None:
+    def hear(self, answers: Tensor, confidence: float = 0.99, epoch: int = 1) -> None:
         """What the model is made to say of every sample."""
-        sure = torch.full((40,), confidence, dtype=torch.float64)
-        self.hearing._answers = lambda rows: (sure[rows], answers[rows])  # type: ignore[method-assign]
-        self.hearing._hear(1)
+        said = torch.full((40, 4), (1 - confidence) / 3, dtype=torch.float64)
+        said[torch.arange(40), answers] = confidence
+        self.hearing._answers = lambda rows: said[rows]  # type: ignore[method-assign]
+        self.hearing._hear(epoch)
 
 
 def test_only_the_least_suspicious_of_each_class_learn_at_first() -> None:
@@ -187,6 +188,47 @@ def test_samples_learned_late_accuse_nobody() -> None:
     assert neither.hearing.findings[1]["early"] == 0.5 and not neither.hearing.findings[1]["attacked"]
 
 
+@pytest.mark.parametrize(("few", "attacked"), [(10, True), (11, False)])
+def test_what_was_learned_late_and_stays_to_the_end_is_poison(
+    few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hearing, "FEW", few)  # the class has ten
+    court = Court()
+    court.hearing.early = 1 - court.hearing.early
+    answers = court.elsewhere((court.given == 1) & (court.place >= 5))
+    court.hear(answers, epoch=court.hearing.last - 1)
+    assert not court.hearing.findings[1]["attacked"] and not court.hearing.findings[1]["stayed"]
+    court.hear(answers, epoch=court.hearing.last)
+    found = court.hearing.findings[1]
+    assert found["attacked"] == found["stayed"] == attacked and found["early"] < 0.5
+    verdict = decide(court.data, court.hearing.outcome(court.job.model()))
+    assert verdict.target_classes == (["class 1"] if attacked else [])
+
+
+def test_few_that_stay_are_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hearing, "FEW", 10)
+    court = Court(acquittal=0.5)
+    court.hearing.early = 1 - court.hearing.early
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)), epoch=court.hearing.last)
+    assert not court.hearing.findings[1]["stayed"] and not court.hearing.findings[1]["attacked"]
+
+
+@pytest.mark.parametrize(("confidence", "few", "left"), [(0.7, 10, True), (0.55, 10, False), (0.99, 11, False)])
+def test_of_a_class_not_attacked_the_most_suspicious_learn_no_label_that_the_model_denies(
+    confidence: float, few: int, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer of 0.7 leaves 0.1 for each other class, and half of chance is 0.125; one of 0.55 leaves 0.15."""
+    monkeypatch.setattr(hearing, "FEW", few)
+    court = Court(acquittal=1.0)
+    denied = (court.given == 1) & (court.place >= 6)  # the most suspicious fifth are 8 and 9
+    court.hear(court.elsewhere(denied), confidence)
+    assert not any(f["attacked"] for f in court.hearing.findings)
+    out = (court.hearing.labels == OUT).nonzero().flatten().tolist()
+    assert out == ((denied & (court.place >= 8)).nonzero().flatten().tolist() if left else [])
+    court.hear(court.given, confidence)
+    assert torch.equal(court.hearing.labels, court.given), "the model has learned better"
+
+
 def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
     court = Court()
     court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
@@ -256,7 +298,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     apart = torch.isin(torch.arange(40), torch.tensor([1, 5, 8]))  # two of class 1, one of class 0
     rest = torch.zeros(40)
     witnesses = Deposition(cast(Tap, None), rest, rest, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0])
-    nobody = {"count": 0, "n": 0, "early": 0.0, "alike": 0.0}
+    nobody = {"count": 0, "n": 0, "early": 0.0, "stayed": False, "alike": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -296,7 +338,7 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     limits = {"bond": 1.2, "division": 3.0, "acquittal": 0.03, "alike": 0.5}
-    calm = {"bond": 0.0, "division": 0.0, "apart": 0, "n": 40, "count": 1, "early": 0.9, "alike": 0.9}
+    calm = {"bond": 0.0, "division": 0.0, "apart": 0, "n": 40, "count": 1, "early": 0.9, "stayed": False, "alike": 0.9}
     few = told_of("x", calm, limits)
     assert (
         len(few) == 1
@@ -309,6 +351,8 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert many[2].startswith("They look like many classes, as poison does (") and "20% off" in many[2]
     clean = told_of("x", calm | {"count": 20, "early": 0.4, "alike": 0.8}, limits)
     assert "late, as odd but clean" in clean[1] and "one class, as a rare kind does" in clean[2]
+    stayed = told_of("x", calm | {"count": 20, "early": 0.4, "stayed": True, "alike": 0.2}, limits)
+    assert "late, and are not what they are labeled in the end either" in stayed[1] and "40%" in stayed[1]
     bound = told_of("x", calm | {"bond": 1.2, "division": 3.0, "apart": 7}, limits)
     assert len(bound) == 3 and all("(7 are set apart)" in sentence for sentence in bound[:2])
 

@@ -17,6 +17,7 @@ from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
 from antibackdoor.models.tap import Tap
+from antibackdoor.training.groups import FEW
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Augment, Objective, Step, forward
 from antibackdoor.training.ranking import within
@@ -52,7 +53,7 @@ class Deposition:
         """About one class, before any hearing: what `verdict` reads."""
         apart = int(self.apart[given == label].sum())
         told = {"bond": self.bonds[label], "division": self.divisions[label], "apart": apart}
-        return {"count": 0, "n": 0, "early": 0.0, "alike": 0.0, **told, "attacked": apart > 0}
+        return {"count": 0, "n": 0, "early": 0.0, "stayed": False, "alike": 0.0, **told, "attacked": apart > 0}
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
         """For the verdict: what was found about each class, and the limits beyond which it counts."""
@@ -75,7 +76,9 @@ class Hearing(Objective):
         self.classes = range(len(job.data.spec.classes))
         divided = torch.bincount(self.given, weights=deposition.apart.double(), minlength=len(self.classes)) > 0
         self.excluded = torch.where(divided[self.given], deposition.apart, suspicion > 1 - options.excluded)
-        self.first = options.hearing * job.recipe(options.main).epochs_for(len(self.given))
+        self.large = torch.bincount(self.given, minlength=len(self.classes)) >= FEW
+        self.last = job.recipe(options.main).epochs_for(len(self.given))
+        self.first = options.hearing * self.last
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
         self.findings = [deposition.finding(label, self.given) for label in self.classes]
         self.partitions: list[Partition] = []
@@ -117,11 +120,11 @@ class Hearing(Objective):
     def _hear(self, epoch: int) -> None:
         self.witness.load_state_dict(self.average.values)
         rows = (~self.trusted).nonzero().flatten()
-        confidence, answers = self._answers(rows)
-        given = self.given[rows]
+        given, probabilities = self.given[rows], self._answers(rows)
+        confidence, answers = probabilities.max(1)
         against = (answers != given) & (confidence >= self.options.confidence)
         findings = [
-            self._finding(label, rows[given == label], answers[given == label], against[given == label])
+            self._finding(label, rows[given == label], answers[given == label], against[given == label], epoch)
             for label in self.classes
         ]
         # What was found once stays: later the model would only repeat what it was taught since.
@@ -130,23 +133,27 @@ class Hearing(Objective):
         attacked = self._attacked()[given]
         restored = (answers == given) & ~self.excluded[rows]
         judged = torch.where(against, answers, torch.where(restored, given, OUT))
+        of_given = probabilities.gather(1, given[:, None]).squeeze(1)
+        impossible = of_given < self.options.impossible / len(self.classes)
+        left_out = impossible & self.excluded[rows] & self.large[given]
         labels = self.given.clone()
-        labels[rows] = torch.where(attacked, judged, given)
+        labels[rows] = torch.where(attacked, judged, torch.where(left_out, OUT, given))
         self._assign(epoch, labels)
 
-    def _finding(self, label: int, heard: Tensor, answers: Tensor, against: Tensor) -> dict[str, Any]:
+    def _finding(self, label: int, heard: Tensor, answers: Tensor, against: Tensor, epoch: int) -> dict[str, Any]:
         """About one class: how many of those heard are confidently taken for others, and whether that is like poison.
 
-        A clean sample that looks like another class is learned late, unless it is of a kind that none of the trusted
-        are; then all its kind look like the same class, while poison was gathered from all.
+        A clean sample that looks like another class is learned late, and known in the end, unless it is of a kind that
+        none of the trusted are; then all its kind look like the same class, while poison was gathered from all.
         """
         confident = heard[against]
         early = float(self.early[confident].median()) if len(confident) else 0.0
         alike = self._alike(label, answers[answers != label])
         many = lower(len(confident), len(heard)) > self.options.acquittal
         found = self.deposition.finding(label, self.given)
-        like_poison = early > 0.5 and alike < self.options.alike
-        counted = {"count": len(confident), "n": len(heard), "early": early, "alike": alike}
+        stayed = many and epoch >= self.last and bool(self.large[label])
+        like_poison = (early > 0.5 or stayed) and alike < self.options.alike
+        counted = {"count": len(confident), "n": len(heard), "early": early, "stayed": stayed, "alike": alike}
         return {**found, **counted, "attacked": found["attacked"] or (many and like_poison)}
 
     def _alike(self, label: int, answers: Tensor) -> float:
@@ -168,10 +175,8 @@ class Hearing(Objective):
     def _attacked(self) -> Tensor:
         return torch.tensor([bool(finding["attacked"]) for finding in self.findings])
 
-    def _answers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = logits_of(self.witness, self.job.data, self.job.fabric, rows).double().softmax(1)
-        best = probabilities.max(1)
-        return best.values, best.indices
+    def _answers(self, rows: Tensor) -> Tensor:
+        return logits_of(self.witness, self.job.data, self.job.fabric, rows).double().softmax(1)
 
     def state(self) -> Tree:
         """The labels of each epoch, the averaged weights, and the findings that the verdict rests on."""

@@ -18,7 +18,7 @@ from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
 from antibackdoor.seeds import generator
-from antibackdoor.training.groups import clarity, company, halves, shared, weighed
+from antibackdoor.training.groups import clarity, company, doubted, halves, oddness, shared
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
@@ -42,9 +42,10 @@ class Jury(Defense):
     4. Neighbors: a trigger puts its samples next to each other in the features of the model that learned it, so each
        sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
        out, and a poisoned sample that looks innocent by itself is found in the company it keeps.
-       Which of the three knows something depends on the trigger and on the data. So within each class they are added by
-       how clearly each divides the class in two, ease with its sign turned where it runs against clear others (where
-       classes are easy, the trigger may be learned last), and the sum, the suspicion, is shared once more.
+       Which of the three knows something depends on the trigger and on the data. In a class that some of them divide
+       firmly in two these alone count, and in the others all three; the suspicion is the worst that is said of a
+       sample. What bond and home say is odd, as a rule, in the upper group; in the lower one, if the upper one is too
+       large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -54,9 +55,12 @@ class Jury(Defense):
        and they are not `alike` (clean samples of a kind that is not among the trusted are all taken for one class,
        poison comes from everywhere); or if mixtures or outsiders divide the class beyond doubt. They learn as what it
        takes them for; samples it agrees with get their label back, but for those set apart beyond doubt or, where
-       nobody is, the `excluded` share with the most suspicion. A class that was not attacked gets all its labels back.
+       nobody is, the `excluded` share with the most suspicion. In a class that was not attacked these too get their
+       label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not look like an attack,
+       nor do those of one source class. Late ones that are still there in the end, and many, were an attack.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
+    What it leaves out and does not tell of: poison of less than `acquittal` of a class, or of one source class.
     With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
     shallow epoch per outsider.
     """
@@ -83,7 +87,10 @@ class Jury(Defense):
     ] = 0.5
     division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
     bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
-    excluded: Annotated[Share, Field(description="share of an attacked class that never learns as labeled")] = 0.3
+    excluded: Annotated[Share, Field(description="share of a class whose labels are not simply given back")] = 0.3
+    impossible: Annotated[
+        Share, Field(description="of what chance gives a label; a model that gives less denies it")
+    ] = 0.5
     main: Annotated[Recipe, Field(description="of the model; its augmentation once poison is nowhere or set apart")] = (
         Recipe(min_steps=640)
     )
@@ -106,7 +113,8 @@ class Jury(Defense):
             shared(opinion, features, given, self.neighbors, seed=job.seed)
             for opinion in (within(ease, given), self._bond(job, tap), confidence)
         )
-        suspicion = shared(weighed((bond, home), early, given), features, given, self.neighbors, seed=job.seed)
+        odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
+        suspicion = doubted((early, bond, home), odd, given)
         bonds, divisions = ([self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home))
         apart = torch.zeros(len(given), dtype=torch.bool)
         for label, bound, divided in zip(labels, bonds, divisions, strict=True):
@@ -114,7 +122,7 @@ class Jury(Defense):
             for opinion, clear in ((bond, bound >= self.bond), (home, divided >= self.division)):
                 if clear:
                     apart[rows] |= halves(opinion[rows])[0]  # the upper: shares are not negative
-        suspicion = torch.where(apart, 1.0, within(suspicion, given))
+        suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
         return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions)
 

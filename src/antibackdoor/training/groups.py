@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antibackdoor.seeds import generator
+from antibackdoor.training.ranking import within
 
+FEW = 20
+"""In a class of fewer samples no group can be told from the rest."""
 CHUNK = 2048
 """Samples whose distances are computed at once."""
 
@@ -42,23 +45,17 @@ def company(m: int, neighbors: int) -> int:
     return min(neighbors, max(1, m // 10), m - 1)
 
 
-def weighed(sure: Sequence[Tensor], unsure: Tensor, labels: Tensor) -> Tensor:
-    """Opinions `(n,)` as one, class by class: standardized, each weighed by how clearly it divides the class.
+def oddness(opinions: Tensor, labels: Tensor, most: float) -> Tensor:
+    """Percentile `(n,)` in (0, 1), within its label, of how far towards the odd end a sample's opinion `(n,)` lies.
 
-    Which of them knows something differs from class to class, and one that knows nothing sees no two groups: the weight
-    is its `clarity`. The `unsure` one may divide a class as well, but with the group at its wrong end; where the others
-    divide the class firmly, they say which end is meant.
+    The upper group of a class is odd, unless it is more than a share of `most` of it: then it is what is ordinary.
     """
-    result = torch.zeros(len(labels), dtype=torch.float64)
+    toward = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        weights = [clarity(opinion[rows]) for opinion in (*sure, unsure)]
-        scaled = [_standardized(opinion[rows].double()) for opinion in (*sure, unsure)]
-        known = sum(weight * opinion for weight, opinion in zip(weights, scaled[:-1], strict=False))
-        turned = max(weights[:-1]) >= FIRM and float((known * scaled[-1]).sum()) < 0
-        heard = known + (-1 if turned else 1) * weights[-1] * scaled[-1]
-        result[rows] = heard / max(sum(weights), 1e-9)
-    return result
+        if len(rows) > 1 and float(halves(toward[rows])[0].double().mean()) > most:
+            toward[rows] *= -1
+    return within(toward, labels)
 
 
 FIRM = 1.5
@@ -66,8 +63,18 @@ FIRM = 1.5
 that shared confidences would have to spread over all of [0, 1] to reach it without two groups."""
 
 
-def _standardized(values: Tensor) -> Tensor:
-    return (values - values.mean()) / values.std(correction=0).clamp_min(1e-9)
+def doubted(opinions: Sequence[Tensor], odd: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Percentile `(n,)` within its label of the oddest that is said of a sample.
+
+    opinions: `(n,)` each; odd: `oddness` in each of them. Which of them knows something differs from class to class.
+    In a class that some divide firmly, nobody else is asked.
+    """
+    worst = torch.zeros(len(labels), dtype=torch.float64)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        firm = [own[rows] for opinion, own in zip(opinions, odd, strict=True) if clarity(opinion[rows]) >= FIRM]
+        worst[rows] = torch.stack(firm or [own[rows] for own in odd]).amax(0).double()
+    return within(worst, labels)
 
 
 def clarity(values: Tensor) -> float:
