@@ -20,6 +20,7 @@ from antibackdoor.defenses.jury import Jury
 from antibackdoor.files import load_state, save_state
 from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
+from antibackdoor.training.groups import FIRM
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import geometric, within
 from antibackdoor.verdict import decide, told_of
@@ -65,7 +66,7 @@ def test_wilson_against_values_worked_by_hand() -> None:
 
 def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
     """A deposition; nobody asks the witness itself."""
-    return Deposition(cast(Tap, None), suspicion, ease, apart, torch.full((40,), -1), [0.0] * 4, [0.0] * 4)
+    return Deposition(cast(Tap, None), suspicion, ease, apart, torch.full((40,), -1), [0.0] * 4, [0.0] * 4, [0.0] * 4)
 
 
 class Court:
@@ -297,7 +298,9 @@ def test_a_class_divided_beforehand_is_heard_too() -> None:
 def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     apart = torch.isin(torch.arange(40), torch.tensor([1, 5, 8]))  # two of class 1, one of class 0
     rest = torch.zeros(40)
-    witnesses = Deposition(cast(Tap, None), rest, rest, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0])
+    witnesses = Deposition(
+        cast(Tap, None), rest, rest, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0], [9.0] * 4
+    )
     nobody = {"count": 0, "n": 0, "early": 0.0, "stayed": False, "alike": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
@@ -311,6 +314,15 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
         "by_class": told,
         "limits": {"acquittal": 0.1, "alike": 0.2, "bond": 3.0, "division": 4.0},
     }
+
+
+def test_firmly_divided_classes_come_first_in_a_ranking_of_all() -> None:
+    suspicion, given = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3]).double(), torch.tensor([0, 0, 1, 1, 2])
+    nothing = torch.zeros(5)
+    said = Deposition(
+        cast(Tap, None), suspicion, nothing, nothing > 0, nothing, [0.0] * 3, [0.0] * 3, [FIRM - 0.01, FIRM, 3]
+    )
+    assert said.scores(given).tolist() == pytest.approx([0.1, 0.9, 0.2 + FIRM, 0.8 + FIRM, 3.3])
 
 
 def test_who_was_kept_back_and_given_back_is_kept_for_the_judge() -> None:

@@ -17,7 +17,7 @@ from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import FEW
+from antibackdoor.training.groups import FEW, FIRM
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Augment, Objective, Step, forward
 from antibackdoor.training.ranking import within
@@ -38,7 +38,8 @@ class Deposition:
     tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
     label, 1 for those apart. ease: `(n,)`, how early each label was learned. apart: `(n,)` bool, samples that mixtures
     or outsiders set apart from their class beyond doubt. elsewhere: `(n,)`, what an outsider is confident to see in
-    place of the label, -1 for nothing. bonds, divisions: how clearly mixtures and outsiders divide each class.
+    place of the label, -1 for nothing. bonds, divisions: how clearly mixtures and outsiders divide each class; clear:
+    how clearly the clearest of all witnesses does.
     """
 
     tap: Tap
@@ -48,6 +49,12 @@ class Deposition:
     elsewhere: Tensor
     bonds: Sequence[float]
     divisions: Sequence[float]
+    clear: Sequence[float]
+
+    def scores(self, given: Tensor) -> Tensor:
+        """`(n,)`, suspicion for a ranking of the whole set: classes that are firmly divided come before all others."""
+        firm = torch.tensor([clear if clear >= FIRM else 0.0 for clear in self.clear], dtype=torch.float64)
+        return self.suspicion + firm[given]
 
     def finding(self, label: int, given: Tensor) -> dict[str, Any]:
         """About one class, before any hearing: what `verdict` reads."""

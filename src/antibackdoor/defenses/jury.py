@@ -115,7 +115,8 @@ class Jury(Defense):
         )
         odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
         suspicion = doubted((early, bond, home), odd, given)
-        bonds, divisions = ([self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home))
+        clearness = [[self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home, early)]
+        bonds, divisions = clearness[:2]
         apart = torch.zeros(len(given), dtype=torch.bool)
         for label, bound, divided in zip(labels, bonds, divisions, strict=True):
             rows = (given == label).nonzero().flatten()
@@ -124,7 +125,8 @@ class Jury(Defense):
                     apart[rows] |= halves(opinion[rows])[0]  # the upper: shares are not negative
         suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
-        return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions)
+        clearest = [max(opinions) for opinions in zip(*clearness, strict=True)]
+        return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions, clearest)
 
     def _clear(self, opinion: Tensor) -> float:
         """Clarity of shared opinions in a class, as the noise would have it that only `neighbors` sharers leave.

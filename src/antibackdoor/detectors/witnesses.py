@@ -45,7 +45,7 @@ class Witnesses(Detector):
         names, rows = job.data.spec.classes, said.apart.nonzero().flatten().tolist()
         return Outcome(
             said.tap,
-            said.suspicion,
+            said.scores(given),
             said.suspicion,
             said.apart,
             said.elsewhere.masked_fill(~said.apart, -1),
