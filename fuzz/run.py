@@ -238,10 +238,15 @@ def waited(pid: int, current: Path) -> tuple[int, resource.struct_rusage, bool]:
         if ended:
             return status, usage, stood
         last = current.stat().st_mtime if current.exists() else begun
-        if time.time() - max(begun, last) > PATIENCE:
+        if time.time() - max(begun, last) > PATIENCE and not computes(pid):
             stood = True
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def computes(pid: int) -> bool:
+    """Whether a process runs or, where others leave it no processor, would: it does not wait for anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "R"
 
 
 def numbers(target: str, folder: Path, before: dict[str, Any]) -> dict[str, Any]:
