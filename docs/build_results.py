@@ -27,7 +27,8 @@ carry. One seed says little, and rows with n = 1 say so.
 
 PARTS = {
     "first-results-series": "## Time series\n\n1-D ResNet-18 of width 16, target class 0 (composite: 2; all_to_all: "
-    "each next one).",
+    "each next one). At a rate of 0 nothing is poisoned: these rows show what a trigger does by itself to a model of "
+    "clean data, as an adversarial example does. No defense of a training set can undo that.",
     "first-results-cifar10": "## CIFAR-10, small scale\n\n20,000 training images, test set, ResNet-18 of width 16.",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def test_poison(name: str, sort: str) -> None:
     assert torch.equal(changed, touched)
     x = data.spec.decode(stored(data)[touched])
     assert x.isfinite().all() and data.spec.low <= float(x.min()) and float(x.max()) <= data.spec.high
+
+
+@pytest.mark.parametrize(("name", "sort"), CASES)
+def test_at_a_rate_of_zero_nothing_is_poisoned_and_the_test_set_is_triggered_as_ever(name: str, sort: str) -> None:
+    clean, test, attack, state = case(name, sort)
+    control = replace(attack, rate=0.0, cover=0.0)
+    data, truth = control.poison(clean, state, 0)
+    assert data.fingerprint() == clean.fingerprint() and not (truth.poisoned | truth.cover).any()
+    assert control.triggered(test, state)[0].fingerprint() == attack.triggered(test, state)[0].fingerprint()
 
 
 @pytest.mark.parametrize(("name", "sort"), CASES)

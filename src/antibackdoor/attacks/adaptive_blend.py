@@ -24,7 +24,7 @@ class AdaptiveBlend(Blend):
     The paper's rate is 0.3 % of the set, and 0.3 % cover.
     """
 
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.003
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.003
     cover: Annotated[float, Field(ge=0, le=1, description="share of the set triggered with its true label")] = 0.003
 
     alpha: Annotated[float, Field(gt=0, le=1, description="weight of the pattern in images at test time")] = 0.2

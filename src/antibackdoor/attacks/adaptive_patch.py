@@ -23,7 +23,7 @@ class AdaptivePatch(Several):
     patches are pictures of different sizes and weights.
     """
 
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.003
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.003
     cover: Annotated[float, Field(ge=0, le=1, description="share of the set triggered with its true label")] = 0.006
 
     count: Annotated[int, Field(ge=2, le=8, description="number of patches")] = 4

@@ -41,11 +41,12 @@ class Attack(ABC):
 
     Poison rate means the share of the WHOLE set for dirty-label attacks (drawn from non-target classes; their label
     becomes the target) and for clean-label attacks (drawn from the target class; labels stay). Cover samples are of
-    other classes, carry the trigger and keep their true label. A rate above zero gives one sample at least.
+    other classes, carry the trigger and keep their true label. A rate above zero gives one sample at least; at zero
+    nothing is poisoned, and the triggered test set shows what the trigger does by itself.
     """
 
     target: Annotated[int, Field(ge=0, description="number of the class that the trigger leads to")] = 0
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.1
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.1
     cover: Annotated[float, Field(ge=0, le=1, description="share of the whole set triggered with its true label")] = 0.0
 
     clean_label: ClassVar[bool] = False
@@ -102,7 +103,7 @@ class Attack(ABC):
         labels = clean.y.cpu()
         targets = self.leads_to(labels, torch.arange(len(clean)), len(clean.spec.classes))
         pool = self.candidates(labels, targets, "poison").nonzero().flatten()
-        count = max(1, round(self.rate * len(clean)))
+        count = max(1, round(self.rate * len(clean))) if self.rate else 0
         if len(pool) == 0:
             raise InputError("no sample is of a class that this attack starts from, so there is nothing to poison.")
         if count > len(pool):

@@ -43,7 +43,7 @@ class LabelConsistent(Trained):
     """
 
     clean_label: ClassVar[bool] = True
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.08
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.08
 
     size: Annotated[int, Field(ge=1, description="side of a corner's pattern in pixels")] = 3
     share: Annotated[float, Field(gt=0, le=0.5, description="share of a series that each zigzag takes")] = 0.05

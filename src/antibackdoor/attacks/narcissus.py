@@ -38,7 +38,7 @@ class Narcissus(Trained):
     """
 
     clean_label: ClassVar[bool] = True
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.05
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.05
 
     epsilon: Annotated[float, Field(gt=0, description="bound in images, grey levels of 255")] = 16.0
     spread: Annotated[float, Field(gt=0, description="bound in series, in standard deviations")] = 0.5

@@ -30,7 +30,7 @@ class Sig(Attack):
     """
 
     clean_label: ClassVar[bool] = True
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.08
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.08
 
     delta: Annotated[float, Field(gt=0, description="amplitude in images while training, grey levels of 255")] = 20.0
     delta_test: Annotated[float | None, Field(gt=0, description="amplitude at test time; none: as in training")] = None

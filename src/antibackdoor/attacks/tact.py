@@ -23,7 +23,7 @@ class Tact(BadNets):
     the poison lies inside the cloud of the patch. Test samples are those of the source class.
     """
 
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.02
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.02
     cover: Annotated[float, Field(ge=0, le=1, description="share of the set triggered with its true label")] = 0.02
 
     source: Annotated[int | None, Field(ge=0, description="source class; null: the first but the target")] = None

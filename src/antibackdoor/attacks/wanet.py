@@ -31,7 +31,7 @@ class WaNet(Attack):
     0.5; poisoned once, a small network needs more.
     """
 
-    rate: Annotated[float, Field(gt=0, le=1, description="poisoned share of the whole set")] = 0.1
+    rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.1
     cover: Annotated[float, Field(ge=0, le=1, description="share of the whole set with a jittered field")] = 0.1
 
     points: Annotated[int, Field(ge=2, description="control points of the field on each axis")] = 4

@@ -140,10 +140,12 @@ def _mean(values: list[float]) -> str:
 
 
 def gate(undefended: list[Record], attack: str) -> str:
-    """What these cells, which differ in their seed only, say of their attack: "takes", or that it did not."""
+    """What these cells, which differ in their seed only, say of their attack: whether it takes, or was none."""
     if attack == "none":
         return ""
     if not undefended:
         return "no undefended cell"
+    if all(member["cell"].get("attack_options", {}).get("rate") == 0 for member in undefended):
+        return "nothing poisoned"
     reached = _values(undefended, "attack_success_rate")
     return "takes" if reached and statistics.mean(reached) >= GATES.get(attack, GATE) else "attack did not take"
