@@ -142,7 +142,7 @@ def test_refuses_a_test_set_of_the_target_class_and_gaps() -> None:
         Blend().triggered(replace(data, x=x), Blend().fit(data))
 
 
-@pytest.mark.parametrize("bad", [{"rate": 0}, {"rate": 1.1}, {"cover": -0.1}, {"target": -1}, {"sise": 3}])
+@pytest.mark.parametrize("bad", [{"rate": -0.1}, {"rate": 1.1}, {"cover": -0.1}, {"target": -1}, {"sise": 3}])
 def test_options_are_checked(bad: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         BadNets(**bad)  # type: ignore[arg-type]
