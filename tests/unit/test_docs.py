@@ -50,6 +50,16 @@ def test_the_page_of_trust_says_what_was_measured() -> None:
     assert kills["problems"] == [] and soak["problems"] == []
 
 
+def test_the_page_of_hostile_data_says_how_much_was_fuzzed() -> None:
+    text = " ".join((ROOT / "docs" / "guides" / "hostile-data.md").read_text(encoding="utf-8").split())
+    fuzz = json.loads((ROOT / "results" / "trust" / "fuzz.json").read_text("utf-8"))
+    amount = (
+        f"{fuzz['executions'] / 1e6:.1f} million executions in {fuzz['cpu_seconds'] / 3600:.1f} hours of processor time"
+    )
+    assert f"{amount} on {len(fuzz['targets'])} targets, and nothing broke" in text and fuzz["broken"] == 0
+    assert {row["target"] for row in fuzz["targets"]} == {path.name for path in (ROOT / "fuzz" / "corpus").iterdir()}
+
+
 def test_the_filtering_figure_is_made_from_records() -> None:
     build = runpy.run_path(str(ROOT / "docs" / "build_filtering.py"))
 

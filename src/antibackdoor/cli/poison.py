@@ -83,8 +83,9 @@ def poison(
         counts, stealth = poisoned.attack["counts"], poisoned.attack["stealth"]
         names = {"psnr": "PSNR", "ssim": "SSIM", "relative_l2": "relative L2", "max_deviation": "largest deviation"}
         shown = [f"{names[key]} {stealth[key]['value']:.3g}" for key in names if stealth.get(key, {}).get("n")]
+        visible = f"; {', '.join(shown)}" if shown else ""  # where nothing is poisoned, there is nothing to see
         typer.echo(
             f"{counts['poisoned']:,} of {counts['n']:,} samples poisoned ({counts['rate_of_set']:.1%} of the set, "
-            f"{counts['rate_of_class']:.1%} of the target class) in {out}; {', '.join(shown)}\n"
+            f"{counts['rate_of_class']:.1%} of the target class) in {out}{visible}\n"
             f"Next: antibackdoor train {shlex.quote(str(out))} --truth {shlex.quote(str(out))} --out RUN"
         )
