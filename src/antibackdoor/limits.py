@@ -40,7 +40,7 @@ MAX_NAME = 4096
 MAX_CLASSES = 100_000
 """Classes of a set; the last layer of every network has a row for each."""
 MAX_HEADER = 10_000
-"""Lines of a file of series before its data; each costs a parser some microseconds, also where it holds nothing."""
+"""Lines of a .ts file before its data; each costs a parser some microseconds, also where it holds nothing."""
 MAX_STEPS = 2**22
 """Values in a line of a table of series; 95 seconds of sound on a compact disc."""
 UNPACKED, RATIO = 2**27, 200

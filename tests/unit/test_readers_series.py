@@ -6,6 +6,7 @@ import torch
 from antibackdoor.data.core import check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.errors import InputError
+from antibackdoor.limits import MAX_HEADER
 
 HEAD = "@problemName x\n@timeStamps false\n@univariate true\n@equalLength {}\n@classLabel true a b\n@data\n"
 
@@ -81,6 +82,14 @@ def test_headers_that_cannot_be_trusted(tmp_path):
     target = HEAD.replace("@classLabel true a b", "@targetlabel true")
     with pytest.raises(InputError, match="no class labels"):
         load(ts(tmp_path / "b.ts", "1,2:0.5", head=target))
+
+
+def test_an_arff_has_a_line_for_each_step_however_many(tmp_path):
+    steps = MAX_HEADER + 1
+    names = "".join(f"@attribute t{step} numeric\n" for step in range(steps))
+    rows = "".join("1," * steps + f"{name}\n" for name in "xyxy")
+    (tmp_path / "long.arff").write_text("@relation long\n" + names + "@attribute c {x,y}\n@data\n" + rows)
+    assert load(tmp_path / "long.arff").train.spec.shape == (1, steps)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 garbage \xff\xfe", b"1\tx\ty\n"])
