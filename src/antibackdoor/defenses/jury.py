@@ -60,7 +60,8 @@ class Jury(Defense):
        nor do those of one source class. Late ones that are still there in the end, and many, were an attack.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
-    What it leaves out and does not tell of: poison of less than `acquittal` of a class, or of one source class.
+    What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
+    Poison that is more than `1 - trusted` of its class passes for what is ordinary there.
     With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
     shallow epoch per outsider.
     """
