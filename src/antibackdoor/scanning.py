@@ -55,12 +55,12 @@ def scan(
     method = make_detector(detector, options)
     if model == "auto":
         model = MODEL
+    name = AUTO if detector == "auto" else detector
     config = {
-        "detector": {"name": AUTO if detector == "auto" else detector, "options": values(method)},
+        "detector": {"name": name, "options": values(method)},
         "model": model_name(model if network is None else network),
     }
     if network is not None and method.watches_training:
-        name = config["detector"]["name"]  # type: ignore[index]
         raise InputError(f"the detector {name!r} watches a training of its own, so it cannot judge with a network.")
     with open_run(
         data,

@@ -140,7 +140,7 @@ def _mean(values: list[float]) -> str:
 
 
 def gate(undefended: list[Record], attack: str) -> str:
-    """What these cells, which differ in their seed only, say of their attack: whether it takes, or was none."""
+    """What these cells, which differ in their seed only, say of their attack; at a rate of 0 nothing was poisoned."""
     if attack == "none":
         return ""
     if not undefended:
