@@ -85,12 +85,14 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
 def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     """How far a class is on the way to being found attacked: 1 at the limit, of several ways the furthest."""
     beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("bond", "division"))
-    heard: float = min(
-        lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9),
-        math.inf if found["stayed"] else found["early"] / 0.5,
-        (1 - found["alike"]) / max(1 - limits["alike"], 1e-9),
-    )
-    return max(beyond_doubt, heard if found["n"] else 0.0)
+    mixed = (1 - found["alike"]) / max(1 - limits["alike"], 1e-9)
+    heard = together = 0.0
+    if found["together"]:
+        together = min(found["denial"] / max(limits["denial"], 1e-9), found["early"] / max(limits["late"], 1e-9), mixed)
+    elif found["n"]:
+        many = lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9)
+        heard = min(many, math.inf if found["stayed"] else found["early"] / 0.5, mixed)
+    return max(beyond_doubt, together, heard)
 
 
 def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
@@ -106,7 +108,20 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
             f"Some samples labeled {name!r} look like samples of another class{apart}: models that never saw this "
             "label are sure of another for them, and not for the others of the class."
         )
-    if found["n"]:
+    mixed = "many classes, as poison does" if found["alike"] < limits["alike"] else "one class, as a rare kind does"
+    look = (
+        f"They look like {mixed} (what they are taken for is {found['alike']:.0%} off the mix of all other classes; "
+        f"{limits['alike']:.0%} or more is one kind)."
+    )
+    if found["together"]:
+        told += [
+            f"A model that learned from trusted samples denies the label {name!r} to a group of samples that lie "
+            f"together ({found['together']}), and not to the others of the class.",
+            f"They are not the odd ones that are learned last (half of them were learned earlier than "
+            f"{found['early']:.0%} of all samples; {limits['late']:.0%} or less is last).",
+            look,
+        ]
+    elif found["n"]:
         counts = f"({found['count']} of the {found['n']} that it was not shown)"
         if lower(found["count"], found["n"]) <= limits["acquittal"]:
             told.append(
@@ -114,7 +129,6 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 f"in clean data {counts}."
             )
         else:
-            mixed = found["alike"] < limits["alike"]
             when = (
                 "early, as poison is"
                 if found["early"] > 0.5
@@ -127,9 +141,7 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 f"with confidence, than mistakes explain {counts}.",
                 f"They were learned {when} (half of them earlier than {found['early']:.0%} of all samples; more than "
                 "50% is early).",
-                f"They look like {'many classes, as poison does' if mixed else 'one class, as a rare kind does'} (what "
-                f"they are taken for is {found['alike']:.0%} off the mix of all other classes; "
-                f"{limits['alike']:.0%} or more is one kind).",
+                look,
             ]
     return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, oddness, shared
+from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, nearest, oddness, shared
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -24,23 +24,35 @@ def two_directions(n: int) -> Tensor:
 def test_shared_by_hand() -> None:
     features = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.1, 3.0]])
     labels = torch.zeros(4, dtype=torch.int64)
-    assert shared(torch.tensor([1.0, 0.0, 4.0, 2.0]), features, labels, 1).tolist() == [0.5, 0.5, 3.0, 3.0]
+    assert shared(torch.tensor([1.0, 0.0, 4.0, 2.0]), nearest(features, labels, 1)).tolist() == [0.5, 0.5, 3.0, 3.0]
+
+
+def test_a_small_class_gives_the_company_of_few() -> None:
+    """Of eleven samples each shares with one, of two with the other one: a tenth of the class, and one at least."""
+    features = torch.cat([two_directions(11)[:11], two_directions(2)[:2]])
+    near = nearest(features, torch.tensor([0] * 11 + [1] * 2), 3)
+    assert (near[:, :2] >= 0).all() and (near[:, 2:] == -1).all()
+    assert near[11:, :2].sort(1).values.tolist() == [[11, 12]] * 2 and set(near[:11, :2].flatten().tolist()) <= set(
+        range(11)
+    )
 
 
 def test_nobody_asks_a_sample_of_another_label() -> None:
     opinions, labels = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 1, 0, 1])
-    assert torch.equal(shared(opinions, torch.ones(4, 2), labels, 3), opinions.double())
+    assert torch.equal(shared(opinions, nearest(torch.ones(4, 2), labels, 3)), opinions.double())
 
 
 def test_without_neighbors_each_keeps_its_own() -> None:
-    opinions = normal(40, 1).view(20, 2)
-    assert torch.equal(shared(opinions, two_directions(10), torch.zeros(20, dtype=torch.int64), 0), opinions)
+    opinions = normal(20, 1)
+    assert torch.equal(shared(opinions, nearest(two_directions(10), torch.zeros(20, dtype=torch.int64), 0)), opinions)
+    near = nearest(two_directions(10), torch.zeros(20, dtype=torch.int64), 2)
+    assert torch.equal(shared(opinions, near, 0), opinions) and not torch.equal(shared(opinions, near), opinions)
 
 
 def test_sharing_makes_a_noisy_opinion_about_a_group_sharp() -> None:
     group = torch.arange(200) >= 100
     noisy = group + normal(200, 2)
-    clear = shared(noisy, two_directions(100), torch.zeros(200, dtype=torch.int64), 30)
+    clear = shared(noisy, nearest(two_directions(100), torch.zeros(200, dtype=torch.int64), 30))
     wrong = [((opinions > 0.5) != group).double().mean() for opinions in (noisy, clear)]
     assert wrong[0] > 0.2 and wrong[1] < 0.05
 
@@ -48,8 +60,9 @@ def test_sharing_makes_a_noisy_opinion_about_a_group_sharp() -> None:
 def test_of_a_large_class_some_are_asked() -> None:
     group = torch.arange(400) >= 200
     opinions, labels = group.double(), torch.zeros(400, dtype=torch.int64)
-    some = shared(opinions, two_directions(200), labels, 10, most=50, seed=3)
-    assert torch.equal(some, shared(opinions, two_directions(200), labels, 10, most=50, seed=3))
+    near = nearest(two_directions(200), labels, 10, most=50, seed=3)
+    assert torch.equal(near, nearest(two_directions(200), labels, 10, most=50, seed=3)) and len(near.unique()) <= 50
+    some = shared(opinions, near)
     assert torch.equal(some > 0.5, group)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses import hearing
-from antibackdoor.defenses.hearing import OUT, Deposition, Hearing
+from antibackdoor.defenses.deposition import Deposition
+from antibackdoor.defenses.hearing import OUT, Hearing
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.files import load_state, save_state
 from antibackdoor.intervals import lower, upper
@@ -64,9 +66,15 @@ def test_wilson_against_values_worked_by_hand() -> None:
     assert (lower(0, 10), upper(0, 10)) == (pytest.approx(0, abs=1e-12), pytest.approx(0.21195, abs=1e-5))
 
 
+NEAR = torch.stack([torch.arange(40)[torch.arange(40) % 4 == row % 4] for row in range(40)])
+"""Every sample is asked about all ten of its class."""
+
+
 def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
     """A deposition; nobody asks the witness itself."""
-    return Deposition(cast(Tap, None), suspicion, ease, apart, torch.full((40,), -1), [0.0] * 4, [0.0] * 4, [0.0] * 4)
+    return Deposition(
+        cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), [0.0] * 4, [0.0] * 4, [0.0] * 4
+    )
 
 
 class Court:
@@ -230,6 +238,84 @@ def test_of_a_class_not_attacked_the_most_suspicious_learn_no_label_that_the_mod
     assert torch.equal(court.hearing.labels, court.given), "the model has learned better"
 
 
+class Neighborhood(Court):
+    """40 samples of which the last four of class 1, place 6 to 9, lie together, apart from the others of the class."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, together: int = 6, **given: float):
+        monkeypatch.setattr(hearing, "FEW", 10)
+        super().__init__(trusted=0.35, acquittal=1.0, **given)
+        self.group = (self.given == 1) & (self.place >= together)
+        near = torch.full((40, 10), -1)
+        for row in range(40):
+            mates = (self.given == self.given[row]) & (self.group == self.group[row])
+            near[row, : int(mates.sum())] = mates.nonzero().flatten()
+        self.hearing.deposition = replace(self.hearing.deposition, near=near)
+
+
+def test_a_group_that_is_denied_together_convicts_with_those_the_model_agrees_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It denies three of the group of four and agrees with the fourth; the company gives that one away."""
+    court = Neighborhood(monkeypatch)
+    answers = court.elsewhere(court.group & (court.place < 9))
+    court.hear(answers)
+    found = court.hearing.findings[1]
+    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+    assert (found["together"], found["early"]) == (4, float(court.hearing.early[court.group].median()))
+    assert torch.equal(court.hearing.denied, court.group)
+    labels = court.hearing.labels
+    assert torch.equal(labels[court.group & (court.place < 9)], answers[court.group & (court.place < 9)])
+    assert (labels[court.group & (court.place == 9)] == OUT).all(), "it never gets its label back"
+    court.hear(court.given)
+    assert (court.hearing.labels[court.group] == OUT).all() and court.hearing.findings[1]["together"] == 4
+    assert torch.equal(court.hearing.labels[~court.group], court.given[~court.group])
+
+
+def test_a_trusted_sample_in_denied_company_is_trusted_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    court = Neighborhood(monkeypatch)
+    leaked = court.group & (court.place == 6)
+    suspicion = torch.where(leaked, 0.01, court.hearing.deposition.suspicion)
+    court.hearing.deposition = replace(court.hearing.deposition, suspicion=suspicion)
+    court.hearing._choose()
+    assert court.hearing.trusted[leaked].all()
+    court.hear(court.elsewhere(court.group & ~leaked))
+    assert not court.hearing.trusted[leaked].any() and (court.hearing.labels[leaked] == OUT).all()
+
+
+def test_a_group_of_more_than_may_be_poison_is_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    for together, attacked in ((4, True), (3, False)):  # six of ten, and seven
+        court = Neighborhood(monkeypatch, together)
+        court.hear(court.elsewhere(court.group))
+        assert court.hearing.findings[1]["attacked"] == attacked and bool(court.hearing.denied.any()) == attacked
+
+
+def test_a_group_learned_last_or_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Neighborhood(monkeypatch)
+    late.hearing.early[late.group] = 0.2
+    late.hear(late.elsewhere(late.group))
+    alike = Neighborhood(monkeypatch)
+    alike.hear(torch.where(alike.group, 2, alike.given))
+    unsure = Neighborhood(monkeypatch)
+    unsure.hear(unsure.given, confidence=0.9)
+    for court in (late, alike, unsure):
+        assert not any(f["attacked"] or f["together"] for f in court.hearing.findings)
+        assert not court.hearing.denied.any()
+    later = Neighborhood(monkeypatch)
+    later.hearing.early[later.group] = 0.21
+    later.hear(later.elsewhere(later.group))
+    assert later.hearing.findings[1]["together"] == 4
+
+
+def test_a_class_with_samples_apart_may_lose_others_to_the_company_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    court = Neighborhood(monkeypatch)
+    apart = court.group & (court.place == 9)
+    court.hearing.deposition = replace(court.hearing.deposition, apart=apart)
+    court.hearing._choose()
+    court.hear(court.elsewhere(court.group & (court.place != 8)))
+    assert (court.hearing.labels[court.group & (court.place == 8)] == OUT).all()
+    assert torch.equal(court.hearing.excluded & (court.given == 1), court.group)
+
+
 def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
     court = Court()
     court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
@@ -299,9 +385,9 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     apart = torch.isin(torch.arange(40), torch.tensor([1, 5, 8]))  # two of class 1, one of class 0
     rest = torch.zeros(40)
     witnesses = Deposition(
-        cast(Tap, None), rest, rest, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0], [9.0] * 4
+        cast(Tap, None), rest, rest, NEAR, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0], [9.0] * 4
     )
-    nobody = {"count": 0, "n": 0, "early": 0.0, "stayed": False, "alike": 0.0}
+    nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -312,7 +398,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, bond=3.0, division=4.0))
     assert evidence == {
         "by_class": told,
-        "limits": {"acquittal": 0.1, "alike": 0.2, "bond": 3.0, "division": 4.0},
+        "limits": {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "bond": 3.0, "division": 4.0},
     }
 
 
@@ -320,7 +406,7 @@ def test_firmly_divided_classes_come_first_in_a_ranking_of_all() -> None:
     suspicion, given = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3]).double(), torch.tensor([0, 0, 1, 1, 2])
     nothing = torch.zeros(5)
     said = Deposition(
-        cast(Tap, None), suspicion, nothing, nothing > 0, nothing, [0.0] * 3, [0.0] * 3, [FIRM - 0.01, FIRM, 3]
+        cast(Tap, None), suspicion, nothing, NEAR, nothing > 0, nothing, [0.0] * 3, [0.0] * 3, [FIRM - 0.01, FIRM, 3]
     )
     assert said.scores(given).tolist() == pytest.approx([0.1, 0.9, 0.2 + FIRM, 0.8 + FIRM, 3.3])
 
@@ -349,8 +435,19 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
-    limits = {"bond": 1.2, "division": 3.0, "acquittal": 0.03, "alike": 0.5}
-    calm = {"bond": 0.0, "division": 0.0, "apart": 0, "n": 40, "count": 1, "early": 0.9, "stayed": False, "alike": 0.9}
+    limits = {"bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5, "late": 0.2, "alike": 0.5}
+    calm = {
+        "bond": 0.0,
+        "division": 0.0,
+        "apart": 0,
+        "denial": 0.0,
+        "together": 0,
+        "n": 40,
+        "count": 1,
+        "early": 0.9,
+        "stayed": False,
+        "alike": 0.9,
+    }
     few = told_of("x", calm, limits)
     assert (
         len(few) == 1
@@ -365,6 +462,9 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert "late, as odd but clean" in clean[1] and "one class, as a rare kind does" in clean[2]
     stayed = told_of("x", calm | {"count": 20, "early": 0.4, "stayed": True, "alike": 0.2}, limits)
     assert "late, and are not what they are labeled in the end either" in stayed[1] and "40%" in stayed[1]
+    group = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.3, "alike": 0.2}, limits)
+    assert len(group) == 3 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
+    assert "30%" in group[1] and "20% or less is last" in group[1] and "many classes" in group[2]
     bound = told_of("x", calm | {"bond": 1.2, "division": 3.0, "apart": 7}, limits)
     assert len(bound) == 3 and all("(7 are set apart)" in sentence for sentence in bound[:2])
 
@@ -506,12 +606,14 @@ def test_the_weights_are_averaged_after_every_step() -> None:
 def test_a_hearing_goes_on_from_its_state(tmp_path: Path) -> None:
     one, two = Court(), Court()
     one.hear(one.elsewhere((one.given == 1) & (one.place >= 5) & (one.place < 8)))
+    one.hearing.denied[one.given == 2] = True
+    one.hearing._choose()
     one.hearing.average.values["fc.bias"] += 1
     one.hearing.average.steps = 7
     assert (one.hearing.labels == OUT).any()
     save_state(tmp_path / "state", one.hearing.state())
     two.hearing.load(load_state(tmp_path / "state"))
-    for name in ("labels", "learns"):
+    for name in ("labels", "learns", "denied", "trusted", "excluded"):
         assert torch.equal(getattr(two.hearing, name), getattr(one.hearing, name)), name
     assert two.hearing.findings == one.hearing.findings and two.hearing.average.steps == 7
     for name, value in one.hearing.average.values.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from antibackdoor.data.augment import strong
 from antibackdoor.data.batches import Batch, gather
 from antibackdoor.defenses.base import Outcome, Partition
+from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
-from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import FEW, FIRM
+from antibackdoor.training.groups import FEW, clarity, halves, shared
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Augment, Objective, Step, forward
 from antibackdoor.training.ranking import within
@@ -31,58 +31,16 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 
-@dataclass(frozen=True)
-class Deposition:
-    """What the shallow witnesses of `jury` said.
-
-    tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
-    label, 1 for those apart. ease: `(n,)`, how early each label was learned. apart: `(n,)` bool, samples that mixtures
-    or outsiders set apart from their class beyond doubt. elsewhere: `(n,)`, what an outsider is confident to see in
-    place of the label, -1 for nothing. bonds, divisions: how clearly mixtures and outsiders divide each class; clear:
-    how clearly the clearest of all witnesses does.
-    """
-
-    tap: Tap
-    suspicion: Tensor
-    ease: Tensor
-    apart: Tensor
-    elsewhere: Tensor
-    bonds: Sequence[float]
-    divisions: Sequence[float]
-    clear: Sequence[float]
-
-    def scores(self, given: Tensor) -> Tensor:
-        """`(n,)`, suspicion for a ranking of the whole set: classes that are firmly divided come before all others."""
-        firm = torch.tensor([clear if clear >= FIRM else 0.0 for clear in self.clear], dtype=torch.float64)
-        return self.suspicion + firm[given]
-
-    def finding(self, label: int, given: Tensor) -> dict[str, Any]:
-        """About one class, before any hearing: what `verdict` reads."""
-        apart = int(self.apart[given == label].sum())
-        told = {"bond": self.bonds[label], "division": self.divisions[label], "apart": apart}
-        return {"count": 0, "n": 0, "early": 0.0, "stayed": False, "alike": 0.0, **told, "attacked": apart > 0}
-
-    def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
-        """For the verdict: what was found about each class, and the limits beyond which it counts."""
-        names = ("acquittal", "alike", "bond", "division")
-        return {"by_class": list(findings), "limits": {name: getattr(options, name) for name in names}}
-
-
 class Hearing(Objective):
     """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted."""
 
     def __init__(self, options: Jury, job: Job, model: nn.Module, deposition: Deposition):
         self.options, self.job, self.deposition = options, job, deposition
-        suspicion = deposition.suspicion
         self.given = job.data.y.cpu()
         self.early = within(deposition.ease, torch.zeros_like(self.given))
-        self.trusted = suspicion <= options.trusted
-        for label in self.given.unique().tolist():  # of a class of one or two samples, the least suspicious one
-            rows = (self.given == label).nonzero().flatten()
-            self.trusted[rows[suspicion[rows].argmin()]] = True
         self.classes = range(len(job.data.spec.classes))
-        divided = torch.bincount(self.given, weights=deposition.apart.double(), minlength=len(self.classes)) > 0
-        self.excluded = torch.where(divided[self.given], deposition.apart, suspicion > 1 - options.excluded)
+        self.denied = torch.zeros_like(deposition.apart)
+        self._choose()
         self.large = torch.bincount(self.given, minlength=len(self.classes)) >= FEW
         self.last = job.recipe(options.main).epochs_for(len(self.given))
         self.first = options.hearing * self.last
@@ -90,6 +48,18 @@ class Hearing(Objective):
         self.findings = [deposition.finding(label, self.given) for label in self.classes]
         self.partitions: list[Partition] = []
         self._assign(0, torch.where(self.trusted, self.given, OUT))
+
+    def _choose(self) -> None:
+        """Whose label is trusted, and who of an attacked class does not get it back by agreement; nobody denied."""
+        suspicion, apart = self.deposition.suspicion, self.deposition.apart
+        self.trusted = suspicion <= self.options.trusted
+        for label in self.given.unique().tolist():  # of a class of one or two samples, the least suspicious one
+            rows = (self.given == label).nonzero().flatten()
+            self.trusted[rows[suspicion[rows].argmin()]] = True
+        self.trusted &= ~self.denied
+        divided = torch.bincount(self.given, weights=apart.double(), minlength=len(self.classes)) > 0
+        most = torch.where(divided[self.given], apart, suspicion > 1 - self.options.excluded)
+        self.excluded = most | self.denied
 
     def _assign(self, epoch: int, labels: Tensor) -> None:
         self.labels = labels.to(self.job.fabric.device)
@@ -126,42 +96,67 @@ class Hearing(Objective):
 
     def _hear(self, epoch: int) -> None:
         self.witness.load_state_dict(self.average.values)
-        rows = (~self.trusted).nonzero().flatten()
-        given, probabilities = self.given[rows], self._answers(rows)
+        probabilities = self._answers(torch.arange(len(self.given)))
         confidence, answers = probabilities.max(1)
-        against = (answers != given) & (confidence >= self.options.confidence)
+        own = probabilities.gather(1, self.given[:, None]).squeeze(1)
+        groups = self._denied_together(own, answers)
+        against = (answers != self.given) & (confidence >= self.options.confidence) & ~self.trusted
         findings = [
-            self._finding(label, rows[given == label], answers[given == label], against[given == label], epoch)
+            self._finding(label, ~self.trusted & (self.given == label), answers, against, epoch)
             for label in self.classes
         ]
         # What was found once stays: later the model would only repeat what it was taught since.
-        known = zip(self.findings, findings, strict=True)
-        self.findings = [old if old["attacked"] and old["n"] else new for old, new in known]
-        attacked = self._attacked()[given]
-        restored = (answers == given) & ~self.excluded[rows]
-        judged = torch.where(against, answers, torch.where(restored, given, OUT))
-        of_given = probabilities.gather(1, given[:, None]).squeeze(1)
-        impossible = of_given < self.options.impossible / len(self.classes)
-        left_out = impossible & self.excluded[rows] & self.large[given]
-        labels = self.given.clone()
-        labels[rows] = torch.where(attacked, judged, torch.where(left_out, OUT, given))
-        self._assign(epoch, labels)
+        known = zip(self.findings, findings, groups, strict=True)
+        self.findings = [{**(old if old["attacked"] and old["n"] else new), **group} for old, new, group in known]
+        attacked = self._attacked()[self.given]
+        restored = (answers == self.given) & ~self.excluded
+        judged = torch.where(against, answers, torch.where(restored, self.given, OUT))
+        left_out = (own < self.options.impossible / len(self.classes)) & self.excluded & self.large[self.given]
+        heard = torch.where(attacked, judged, torch.where(left_out, OUT, self.given))
+        self._assign(epoch, torch.where(self.trusted, self.given, heard))
 
-    def _finding(self, label: int, heard: Tensor, answers: Tensor, against: Tensor, epoch: int) -> dict[str, Any]:
-        """About one class: how many of those heard are confidently taken for others, and whether that is like poison.
+    def _denied_together(self, own: Tensor, answers: Tensor) -> list[dict[str, Any]]:
+        """Find the group in each class whose label the model denies; what is told of it if it is taken for poison.
+
+        own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
+        or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
+        denial is seen in that of many. Odd but clean samples form groups too: late ones, of which all look `alike`.
+        """
+        told: list[dict[str, Any]] = [{} for _ in self.classes]
+        opinions = [shared(1 - own, self.deposition.near, count) for count in (self.options.closest, None)]
+        for label in self.classes:
+            rows = (self.given == label).nonzero().flatten()
+            if len(rows) < FEW or self.findings[label]["together"]:
+                continue
+            opinion = max((opinion[rows] for opinion in opinions), key=clarity)
+            group, clear = rows[halves(opinion)[0]], clarity(opinion)
+            if clear < self.options.denial or len(group) > (1 - self.options.trusted) * len(rows):
+                continue
+            early = float(self.early[group].median())
+            alike = self._alike(label, answers[group][answers[group] != label])
+            if early > self.options.late and alike < self.options.alike:
+                known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
+                told[label] = {**known, "attacked": True}
+                self.denied[group] = True
+        self._choose()
+        return told
+
+    def _finding(self, label: int, asked: Tensor, answers: Tensor, against: Tensor, epoch: int) -> dict[str, Any]:
+        """About one class: how many of those asked are confidently taken for others, and whether that is like poison.
 
         A clean sample that looks like another class is learned late, and known in the end, unless it is of a kind that
         none of the trusted are; then all its kind look like the same class, while poison was gathered from all.
         """
-        confident = heard[against]
-        early = float(self.early[confident].median()) if len(confident) else 0.0
-        alike = self._alike(label, answers[answers != label])
-        many = lower(len(confident), len(heard)) > self.options.acquittal
+        n, confident = int(asked.sum()), asked & against
+        count = int(confident.sum())
+        early = float(self.early[confident].median()) if count else 0.0
+        alike = self._alike(label, answers[asked & (answers != label)])
+        many = lower(count, n) > self.options.acquittal
         found = self.deposition.finding(label, self.given)
         stayed = many and epoch >= self.last and bool(self.large[label])
         like_poison = (early > 0.5 or stayed) and alike < self.options.alike
-        counted = {"count": len(confident), "n": len(heard), "early": early, "stayed": stayed, "alike": alike}
-        return {**found, **counted, "attacked": found["attacked"] or (many and like_poison)}
+        heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike}
+        return {**found, **heard, "attacked": found["attacked"] or (many and like_poison)}
 
     def _alike(self, label: int, answers: Tensor) -> float:
         """Total variation distance between the classes in `answers`, none of them `label`, and all samples of these."""
@@ -189,12 +184,20 @@ class Hearing(Objective):
         """The labels of each epoch, the averaged weights, and the findings that the verdict rests on."""
         kept = [[p.epoch, p.isolated, p.recovered, p.labels] for p in self.partitions]
         average = {"steps": self.average.steps, "values": self.average.values}
-        return {"partitions": kept, "labels": self.labels.cpu(), "average": average, "findings": self.findings}
+        return {
+            "partitions": kept,
+            "labels": self.labels.cpu(),
+            "denied": self.denied,
+            "average": average,
+            "findings": self.findings,
+        }
 
     def load(self, state: Tree) -> None:
         """Back to them."""
         self.partitions = [Partition(*values) for values in state["partitions"]]
         self.labels = state["labels"].to(self.job.fabric.device)
+        self.denied = state["denied"]
+        self._choose()
         self.learns = (self.labels != OUT).nonzero().flatten()
         self.average.steps, self.findings = state["average"]["steps"], state["findings"]
         for name, value in self.average.values.items():

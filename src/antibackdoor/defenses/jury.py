@@ -12,13 +12,14 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.defenses.dual_head import second_logits
-from antibackdoor.defenses.hearing import Deposition, Hearing
+from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
 from antibackdoor.seeds import generator
-from antibackdoor.training.groups import clarity, company, doubted, halves, oddness, shared
+from antibackdoor.training.groups import clarity, company, doubted, halves, nearest, oddness, shared
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
@@ -49,15 +50,18 @@ class Jury(Defense):
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
-    6. After `hearing` of the epochs it answers, anew after each epoch, for all samples it was not shown. A class is
-       attacked if it confidently takes more than `acquittal` of it for others (lower end of the Wilson interval), these
-       were learned early, in the easier half of the whole set (clean samples that look like another class come late),
-       and they are not `alike` (clean samples of a kind that is not among the trusted are all taken for one class,
-       poison comes from everywhere); or if mixtures or outsiders divide the class beyond doubt. They learn as what it
-       takes them for; samples it agrees with get their label back, but for those set apart beyond doubt or, where
-       nobody is, the `excluded` share with the most suspicion. In a class that was not attacked these too get their
-       label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not look like an attack,
-       nor do those of one source class. Late ones that are still there in the end, and many, were an attack.
+    6. After `hearing` of the epochs it answers, anew after each epoch, for all samples. A class is attacked if mixtures
+       or outsiders divide it beyond doubt, or if the model denies a group of it together: its doubt of the given label,
+       shared by neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by
+       mistake, are found in their company. Odd but clean samples of a kind that is not among the trusted are denied
+       together, too; but these are `late`, the last of all to be learned, or `alike`, all taken for one class, where
+       poison comes from everywhere. Single samples count where groups are too small to be seen: if the model
+       confidently takes more than `acquittal` of a class for others (lower end of the Wilson interval), not alike, and
+       these were learned in the easier half of the whole set, or are still there in the end.
+       Samples of an attacked class learn as what the model confidently takes them for; those it agrees with get their
+       label back, but for the group, those set apart beyond doubt or, where nobody is, the `excluded` share with the
+       most suspicion. In a class that was not attacked these too get their label back, unless it is `impossible` in
+       the eyes of the model: few poisoned samples do not look like an attack, nor do those of one source class.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
@@ -77,12 +81,19 @@ class Jury(Defense):
     mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
     neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
+    closest: Annotated[int, Field(ge=1, description="how many share what the model says of it; beside `neighbors`")] = 5
     trusted: Annotated[float, Field(gt=0, le=1, description="share of each class that is trusted from the start")] = (
         0.35
     )
     hearing: Annotated[Share, Field(description="share of the epochs before the others are heard")] = 0.4
     confidence: Annotated[Share, Field(description="of an answer that counts against the given label")] = 0.9
     acquittal: Annotated[Share, Field(description="a class of which more is taken for others may be attacked")] = 0.03
+    denial: Annotated[
+        float, Field(ge=0, description="`clarity` from which on a group counts as denied by the model")
+    ] = 1.5
+    late: Annotated[
+        Share, Field(description="what is denied together after this share of the set was learned is odd")
+    ] = 0.2
     alike: Annotated[
         Share, Field(description="total variation distance of what they are taken for from all other classes")
     ] = 0.5
@@ -109,10 +120,10 @@ class Jury(Defense):
         given, labels = job.data.y.cpu(), range(len(job.data.spec.classes))
         tap, ease = self._trap(job)
         features = features_of(tap, job.data, job.fabric, call=second_logits)
+        near = nearest(features, given, self.neighbors, seed=job.seed)
         confidence, elsewhere = self._home(job, given)
         early, bond, home = (
-            shared(opinion, features, given, self.neighbors, seed=job.seed)
-            for opinion in (within(ease, given), self._bond(job, tap), confidence)
+            shared(opinion, near) for opinion in (within(ease, given), self._bond(job, tap), confidence)
         )
         odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
         suspicion = doubted((early, bond, home), odd, given)
@@ -127,7 +138,7 @@ class Jury(Defense):
         suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
         clearest = [max(opinions) for opinions in zip(*clearness, strict=True)]
-        return Deposition(tap, suspicion, ease, apart, elsewhere, bonds, divisions, clearest)
+        return Deposition(tap, suspicion, ease, near, apart, elsewhere, bonds, divisions, clearest)
 
     def _clear(self, opinion: Tensor) -> float:
         """Clarity of shared opinions in a class, as the noise would have it that only `neighbors` sharers leave.

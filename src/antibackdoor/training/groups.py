@@ -17,27 +17,34 @@ CHUNK = 2048
 """Samples whose distances are computed at once."""
 
 
-def shared(
-    opinions: Tensor, features: Tensor, labels: Tensor, neighbors: int, *, most: int = 4096, seed: int = 0
-) -> Tensor:
-    """Each sample's opinion averaged with those of its nearest samples of the same label.
+def nearest(features: Tensor, labels: Tensor, neighbors: int, *, most: int = 4096, seed: int = 0) -> Tensor:
+    """The rows `(n, neighbors + 1)` int64 nearest to each sample by cosine among those of its label, nearest first.
 
-    opinions `(n, m)` or `(n,)`, features `(n, D)`, labels `(n,)`; near by cosine. A noisy opinion about single samples
-    becomes a sharp one about groups, if only the features keep the groups apart. Of a label with more than `most`
-    samples, random `most` are asked, so that time and memory grow with n and not with its square.
+    features `(n, D)`, labels `(n,)`. A sample is its own nearest; -1 beyond the `company` that a small class gives. Of
+    a label with more than `most` samples, random `most` are asked, so that time grows with n and not with its square.
     """
-    result = opinions.double().clone()
+    found = torch.full((len(labels), neighbors + 1), -1)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        count = company(len(rows), neighbors) + 1  # a sample is its own nearest
+        count = company(len(rows), neighbors) + 1
         asked = rows
         if len(rows) > most:
             asked = rows[torch.randperm(len(rows), generator=generator(seed, "neighbors", label))[:most]]
         known = F.normalize(features[asked].float(), dim=1)
         for part in rows.split(CHUNK):
-            nearest = (F.normalize(features[part].float(), dim=1) @ known.T).topk(count, dim=1).indices
-            result[part] = opinions[asked][nearest].double().mean(1)
-    return result
+            near = (F.normalize(features[part].float(), dim=1) @ known.T).topk(count, dim=1).indices
+            found[part, :count] = asked[near]
+    return found
+
+
+def shared(opinions: Tensor, near: Tensor, neighbors: int | None = None) -> Tensor:
+    """Each sample's opinion `(n,)` averaged with those of its `nearest`, all or `neighbors` of them; float64.
+
+    A noisy opinion about single samples becomes a sharp one about groups, if only the features keep them apart.
+    """
+    near = near if neighbors is None else near[:, : neighbors + 1]
+    there = near >= 0
+    return torch.where(there, opinions.double()[near], 0.0).sum(1) / there.sum(1)
 
 
 def company(m: int, neighbors: int) -> int:

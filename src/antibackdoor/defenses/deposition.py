@@ -1,0 +1,55 @@
+"""What the shallow witnesses of `jury` said, before any model was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from antibackdoor.models.tap import Tap
+from antibackdoor.training.groups import FIRM
+
+if TYPE_CHECKING:
+    from antibackdoor.defenses.jury import Jury
+
+
+@dataclass(frozen=True)
+class Deposition:
+    """What the shallow witnesses of `jury` said.
+
+    tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
+    label, 1 for those apart. ease: `(n,)`, how early each label was learned. near: `(n, m)`, each sample's `nearest` in
+    the features of the tap. apart: `(n,)` bool, samples that mixtures or outsiders set apart from their class beyond
+    doubt. elsewhere: `(n,)`, what an outsider is confident to see in place of the label, -1 for nothing. bonds,
+    divisions: how clearly mixtures and outsiders divide each class; clear: how clearly the clearest witness does.
+    """
+
+    tap: Tap
+    suspicion: Tensor
+    ease: Tensor
+    near: Tensor
+    apart: Tensor
+    elsewhere: Tensor
+    bonds: Sequence[float]
+    divisions: Sequence[float]
+    clear: Sequence[float]
+
+    def scores(self, given: Tensor) -> Tensor:
+        """`(n,)`, suspicion for a ranking of the whole set: classes that are firmly divided come before all others."""
+        firm = torch.tensor([clear if clear >= FIRM else 0.0 for clear in self.clear], dtype=torch.float64)
+        return self.suspicion + firm[given]
+
+    def finding(self, label: int, given: Tensor) -> dict[str, Any]:
+        """About one class, before any hearing: what `verdict` reads."""
+        apart = int(self.apart[given == label].sum())
+        told = {"bond": self.bonds[label], "division": self.divisions[label], "apart": apart}
+        heard = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0}
+        return {**heard, **told, "attacked": apart > 0}
+
+    def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
+        """For the verdict: what was found about each class, and the limits beyond which it counts."""
+        names = ("acquittal", "denial", "late", "alike", "bond", "division")
+        return {"by_class": list(findings), "limits": {name: getattr(options, name) for name in names}}
