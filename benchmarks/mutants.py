@@ -43,6 +43,7 @@ TARGETS = {
     "training/groups.py": ["test_groups.py", "test_jury.py"],
     "defenses/dual_head.py": ["test_partition.py", "test_training.py"],
     "defenses/suspects.py": ["test_partition.py"],
+    "defenses/deposition.py": ["test_jury.py"],
     "defenses/hearing.py": ["test_jury.py"],
 }
 """Module: the tests in `tests/unit` that must notice. Metrics, ranking, partition, and which labels are given back."""
