@@ -292,6 +292,7 @@ def damaged() -> None:
             told.pax_headers = {"GNU.sparse.size": "60000000", "GNU.sparse.map": "0,0", "GNU.sparse.numblocks": "1"}
             out.addfile(told)
     seed("tar", "damaged-holes", buffer.getvalue().rstrip(b"\0") + bytes(1024))
+    seed("saved_state", "damaged-files", '{"_data_files": 1}')
     seed("review", "damaged-depth", "[" * 60_000 + "\n")
     seed("run_config", "damaged-list", "[]")
     seed("run_source", "damaged-test", '{"source": "data", "test": 5}')

@@ -237,6 +237,7 @@ TABLES: dict[str, Case] = {
     "state that names nothing": (saved({}), "does not name the files"),
     "state that names a path": (saved({"_data_files": [{"filename": "../../etc/passwd"}]}), "does not name the files"),
     "state that names a number": (saved({"_data_files": [{"filename": 3}]}), "does not name the files"),
+    "state whose files are a number": (saved({"_data_files": 1}), "does not name the files"),
     "state that names itself": (saved({"_data_files": [{"filename": ".."}]}), "cannot read .*is a directory"),
     "state with an indirection": (saved({"_indices_data_files": [{"filename": "i.arrow"}]}), "flatten_indices"),
     "file that is a link": (linked, "link out of the data set"),

@@ -192,7 +192,8 @@ def _saved(folder: Path, root: Path) -> list[Path]:
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise InputError(f"{folder} holds a selection of other rows; call flatten_indices() before save_to_disk().")
-    files = [entry.get("filename") for entry in state.get("_data_files") or [] if isinstance(entry, dict)]
+    entries = state.get("_data_files")
+    files = [e.get("filename") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
     if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
         raise InputError(f"{folder / 'state.json'} does not name the files of the data set.")
     return [inside(folder / str(name), root) for name in files]
