@@ -1,5 +1,7 @@
 """Runs every code block of the README and the docs, in a folder with toy data and with hardly any training.
 
+`pytest -m long README.md docs` runs them; the fast suite leaves them out.
+
 `python` blocks of a page share their names, as a reader would have it. Of `bash` blocks the lines that begin with
 `antibackdoor` are run, in this process; so are the commands in the table of `questions.md`. `toml` blocks become the
 file that their first line names. What is not run here, and why, stands in `tests/unit/test_docs.py`.
@@ -116,3 +118,10 @@ pytest_collect_file = SybilCollection(
         Sybil(parsers=[*BLOCKS, commands_of_the_table], patterns=[TABLE], setup=begin_table, teardown=end),
     ]
 ).pytest()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most blocks train something."""
+    for item in items:
+        if item.path.suffix == ".md":
+            item.add_marker(pytest.mark.long)

@@ -135,6 +135,7 @@ def test_list_is_for_people_and_programs(run: Run) -> None:
     assert "did you mean 'e2abl'" in run("list", "defenses", "e2able", status=2).output
 
 
+@pytest.mark.long
 def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cut_network(tmp_path).items():
         monkeypatch.setenv(name, value)

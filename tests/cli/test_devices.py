@@ -41,6 +41,7 @@ def go(data: Any, **more: Any) -> Any:
     return train(data, defense="none", options=options, model="resnet18-w4", epochs=1, device="cpu", **more)
 
 
+@pytest.mark.long
 def test_a_run_of_two_devices_leaves_one_run_folder(images: Path, tmp_path: Path) -> None:
     splits = load(images, memory_map=True)
     assert isinstance(splits.train.x, FileRows)

@@ -114,6 +114,7 @@ def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
     assert "defense: none with resnet18-w8; main training 8 steps of 16 samples" in " ".join(result.stderr.split())
 
 
+@pytest.mark.long
 def test_json_of_every_command_that_makes_something(run: Run, images: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "run", tmp_path / "rows.csv"
     run("train", images, "--out", out, *TINY, *UNDEFENDED, "--quiet")

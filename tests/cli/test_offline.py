@@ -46,6 +46,7 @@ seeds = [0]
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_no_command_reaches_for_the_network(tmp_path: Path) -> None:
     for extra in ("onnxruntime", "onnxscript", "uvicorn"):

@@ -431,6 +431,7 @@ def test_a_signal_before_the_command_begins(
     assert end.value.code == status and capsys.readouterr().err == f"{word}.\n"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_killed_commands_go_on_to_the_same(tmp_path: Path) -> None:
     """A small sample of `benchmarks/kills.py`: real processes, real signals."""

@@ -314,6 +314,7 @@ def test_a_claim_ends_with_its_holder(tmp_path: Path) -> None:
         assert again
 
 
+@pytest.mark.long
 def test_a_worker_ends_with_its_driver(tmp_path: Path) -> None:
     """The input of a worker ends when its driver is killed, in whatever way."""
     (cell,) = read_grid(grid(tmp_path, LONG)).cells()

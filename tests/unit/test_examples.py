@@ -12,6 +12,7 @@ from antibackdoor.training.loop import Recipe
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "docs" / "examples").glob("*.py"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)  # some 20 s of work; more where a machine is shared
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def test_issues_are_as_cleanlab_has_them(finished: tuple[Result, Path]) -> None:
     assert (issues["backdoor_score"] == 1 - table.loc[issues.index, "probability"]).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("data", [toy_images(4), toy_series(4)], ids=["image", "series"])
 def test_onnx_gives_the_same_logits(tmp_path: Path, data: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")

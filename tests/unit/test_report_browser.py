@@ -13,6 +13,8 @@ from toy_run import toy_run
 from antibackdoor.report import build_report
 from browser import browser
 
+pytestmark = pytest.mark.long
+
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 

@@ -73,6 +73,7 @@ def test_a_line_cut_off_costs_only_itself(session: Session) -> None:
         assert Decisions(session.folder, session.data).codes[[0, 2]].tolist() == [DROP, KEEP]
 
 
+@pytest.mark.long
 def test_killed_while_deciding_nothing_said_is_lost(session: Session, tmp_path: Path) -> None:
     """Every decision that was reported is there after a kill."""
     code = (

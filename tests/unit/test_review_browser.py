@@ -21,7 +21,7 @@ from toy_review import toy_run_of
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 server = pytest.importorskip("antibackdoor.review.server", reason="the extra `review` is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
 
 @pytest.fixture(scope="module")
