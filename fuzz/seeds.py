@@ -281,6 +281,7 @@ def damaged() -> None:
     seed("tsv", "damaged-wide", "".join(f"{k}" + "\t1" * 15_000 + "\n" for k in (1, 2)))
     head = "@problemName p\n@timeStamps false\n@univariate false\n@equalLength false\n@classLabel true a b\n@data\n"
     seed("ts", "damaged-channels", head + "1," * 10_000 + "1" + ":1" * 10_000 + ":a\n")
+    seed("ts", "damaged-header", head.replace("@data", "@\n" * 12_000 + "@data"))
     seed("ts", "damaged-label", head + "1:" + "a" * 4000 + "\n" + "1:b\n" * 5000)
     head = "@relation r\n@attribute a numeric\n@attribute c {x,y}\n@data\n"
     seed("arff", "damaged-lines", head + "1," * 10_000 + "x\n" + "1,x\n" * 2000)

@@ -340,6 +340,11 @@ SERIES: dict[str, tuple[str, str | bytes, str]] = {
         TS.replace("@data", "@\n" * 10_000),
         "no line @data among its first",
     ),
+    "arff of ten thousand lines and no data": (
+        "arff",
+        ARFF.replace("@data", "@attribute more numeric\n" * 10_000),
+        "set.arff holds no series",
+    ),
     "a long label on one line of many": (
         "ts",
         TS + "1,2:" + "a" * 4000 + "\n" + "1,2:b\n" * 100_000,

@@ -81,7 +81,9 @@ class Jury(Defense):
     mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
     neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
-    closest: Annotated[int, Field(ge=1, description="how many share what the model says of it; beside `neighbors`")] = 5
+    closest: Annotated[
+        int, Field(ge=1, description="how many share the model's doubt of it, for small groups; `neighbors` too")
+    ] = 5
     trusted: Annotated[float, Field(gt=0, le=1, description="share of each class that is trusted from the start")] = (
         0.35
     )
@@ -92,7 +94,7 @@ class Jury(Defense):
         float, Field(ge=0, description="`clarity` from which on a group counts as denied by the model")
     ] = 1.5
     late: Annotated[
-        Share, Field(description="what is denied together after this share of the set was learned is odd")
+        Share, Field(description="last share of the set to be learned; a group denied there is odd, not poison")
     ] = 0.2
     alike: Annotated[
         Share, Field(description="total variation distance of what they are taken for from all other classes")

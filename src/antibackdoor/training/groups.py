@@ -42,9 +42,10 @@ def shared(opinions: Tensor, near: Tensor, neighbors: int | None = None) -> Tens
 
     A noisy opinion about single samples becomes a sharp one about groups, if only the features keep them apart.
     """
-    near = near if neighbors is None else near[:, : neighbors + 1]
-    there = near >= 0
-    return torch.where(there, opinions.double()[near], 0.0).sum(1) / there.sum(1)
+    opinions, near = opinions.double(), near if neighbors is None else near[:, : neighbors + 1]
+    return torch.cat(
+        [torch.where(part >= 0, opinions[part], 0.0).sum(1) / (part >= 0).sum(1) for part in near.split(CHUNK)]
+    )
 
 
 def company(m: int, neighbors: int) -> int:
