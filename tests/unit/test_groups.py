@@ -57,6 +57,17 @@ def test_sharing_makes_a_noisy_opinion_about_a_group_sharp() -> None:
     assert wrong[0] > 0.2 and wrong[1] < 0.05
 
 
+def test_the_more_rounds_the_further_an_opinion_travels() -> None:
+    """Along a line of five, each with its two neighbors, the ends hear of each other in the fourth round."""
+    near = torch.tensor([[0, 1, -1], [1, 0, 2], [2, 1, 3], [3, 2, 4], [4, 3, -1]])
+    opinions = torch.tensor([1.0, 0, 0, 0, 0])
+    reached = [int((shared(opinions, near, rounds=rounds) > 0).sum()) for rounds in (1, 2, 3, 4)]
+    assert reached == [2, 3, 4, 5]
+    assert torch.equal(shared(opinions, near, rounds=2), shared(shared(opinions, near), near))
+    apart = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    assert shared(torch.tensor([1.0, 0, 0, 0]), apart, rounds=50).tolist() == [0.5, 0.5, 0.0, 0.0]
+
+
 def test_of_a_large_class_some_are_asked() -> None:
     group = torch.arange(400) >= 200
     opinions, labels = group.double(), torch.zeros(400, dtype=torch.int64)

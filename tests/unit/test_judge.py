@@ -19,7 +19,7 @@ from antibackdoor.bench.judge import (
 )
 from antibackdoor.data.core import Data, Spec, Truth
 from antibackdoor.defenses import Outcome, Partition
-from antibackdoor.defenses.dual_head import second_logits
+from antibackdoor.defenses.company import second_logits
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.scores import logits_of

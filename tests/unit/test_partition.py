@@ -12,6 +12,7 @@ from torch import Tensor
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses import dual_head
+from antibackdoor.defenses.company import Company
 from antibackdoor.defenses.dual_head import Dual, Trap, second_logits
 from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.suspects import suspects_of
@@ -44,10 +45,11 @@ class Heads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, first: list[int], main: dict[int, int], **options: object):
         method = E2ABL(isolation_rate=0.4, recovery_rate=0.2, recovery_floor=1, **options)
         job = Job(toy_images(20), model="resnet18-w4", fabric=FABRIC)
+        self.company: Company | None = None
         self.scores = torch.zeros(20)
         self.scores[first] = torch.arange(20, 20 - len(first), -1).float()
         ranking = SimpleNamespace(scores=lambda: self.scores)
-        self.dual = Dual(method, job, cast(Trap, SimpleNamespace(ranking=ranking)))
+        self.dual = Dual(method, job, cast(Trap, SimpleNamespace(ranking=ranking, company=lambda tap: self.company)))
         self.main, self.asked_for = main, list[int]()
         monkeypatch.setattr(dual_head, "logits_of", self.logits)
         self.tap = cast(Tap, SimpleNamespace(backbone="main", parameter_counts=lambda: {"ratio": 1.25}))
@@ -143,7 +145,7 @@ def test_the_rest_of_the_class_comes_back_if_the_main_head_agrees(monkeypatch: p
     last = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20)
     isolated, recovered, labels = heads.split(last)
     assert isolated == {1, 5}, "9 is back, since the main head answers its label"
-    assert recovered == {1, 5} and (int(labels[1]), int(labels[5])) == (2, 0)
+    assert recovered == {5} and (int(labels[1]), int(labels[5])) == (1, 0), "1 stays with the second head alone"
     assert heads.dual.rest == [0, 2], "13 and 17 were not isolated, and it agrees with both"
     heads.main = {9: 2, 13: 2}
     assert heads.split(last)[0] == {1, 5}, "it is asked once: later it only repeats what it was taught"
@@ -154,10 +156,38 @@ def test_a_sample_on_probation_that_is_taken_for_another_class_learns_as_that(mo
     options = {"remainder": "agree", "probation": 0.6, "recovery_delay": 0, "predominance": 0.0}
     heads = Heads(monkeypatch, first, {9: 0, 13: 3}, **options)
     isolated, recovered, labels = heads.split()
-    assert isolated == {1, 5, 9} and recovered == {1, 5, 9} and int(labels[9]) == 0
+    assert isolated == {1, 5, 9} and recovered == {9} and int(labels[9]) == 0
     assert heads.dual.rest == [1, 2], "13 was not isolated, and is taken for class 3"
     assert heads.dual.asked is not None
     assert heads.dual.asked.tolist() == [{1: BACKDOOR, 5: BACKDOOR, 9: 0}.get(row, -1) for row in range(20)]
+
+
+class Told(Company):
+    """Denies the second and the third sample that it is asked about, whatever the main head says of them."""
+
+    def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:
+        assert rows.tolist() == [1, 5, 9, 13, 17] and doubts.shape == (5,)
+        return torch.tensor([False, True, True, False, False])
+
+
+def test_with_company_a_sample_is_what_its_company_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 and 13 are the odd group of the class; 5 and 9, beside them on probation (4 of 5), are in denied company."""
+    first = [1, 13, 2, 5, 9, 6, 10, 14, 18]  # of the first four, too few are of the class to be recovered unasked
+    options = {"probation": 0.8, "recovery_delay": 0.5, "predominance": 0.9}
+    heads = Heads(monkeypatch, first, {17: 3, 9: 2}, **options)
+    group = torch.zeros(20, dtype=torch.bool)
+    group[[1, 13, 2]] = True  # 2 is of another class
+    heads.company = Told(torch.zeros(20, 1).long(), heads.scores, group, 1)
+    assert heads.split(0)[:2] == ({1, 13, 5, 9}, set()), "17 shows the main head what the class looks like"
+    last = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20)
+    isolated, recovered, labels = heads.split(last)
+    assert isolated == {1, 13, 5, 9}, "the odd group does not come back, whoever agrees"
+    assert recovered == {5, 9} and int(labels[5]) == int(labels[9]) == 2
+    assert heads.dual.rest == [0, 1], "17 is in good company"
+    heads = Heads(monkeypatch, first, {}, **options)
+    heads.company = Told(torch.zeros(20, 1).long(), heads.scores, torch.zeros(20, dtype=torch.bool), 1)
+    heads.split(0)
+    assert heads.split(last)[:2] == ({5, 9}, {5, 9}), "where no group is odd, 1 and 13 come back"
 
 
 def test_the_outcome_tells_what_the_main_head_said_when_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:

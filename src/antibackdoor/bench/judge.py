@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from antibackdoor.data.batches import Batch
 from antibackdoor.data.core import Data, Truth
 from antibackdoor.defenses.base import Outcome, Partition
-from antibackdoor.defenses.dual_head import second_logits
+from antibackdoor.defenses.company import second_logits
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Watch
 from antibackdoor.training.objectives import forward

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch, sent
 from antibackdoor.defenses.base import Outcome, Partition
+from antibackdoor.defenses.company import Company, second_logits
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
 from antibackdoor.models.tap import Tap
@@ -24,12 +25,6 @@ from antibackdoor.training.scores import logits_of, losses, mixed_logits_of
 
 if TYPE_CHECKING:
     from antibackdoor.defenses.e2abl import E2ABL
-
-
-def second_logits(tap: nn.Module, batch: Batch) -> Tensor:
-    """The second head's answer to a batch."""
-    assert isinstance(tap, Tap)
-    return tap.shallow(batch.x, batch.lengths)
 
 
 class Trap(Objective):
@@ -52,6 +47,12 @@ class Trap(Objective):
         if self.options.mixing and isinstance(self.ranking, Persistence):  # Eq. 5 speaks of one history of losses
             rng = generator(self.job.seed, "mixing", epoch)
             self.ranking.add(losses(mixed_logits_of(tap, data, fabric, rng, call=second_logits), data.y))
+
+    def company(self, tap: Tap) -> Company | None:
+        """What the ranking as it stands says of groups, where the samples are ranked by `company`."""
+        if self.options.ranking != "company" or self.options.warm_up is None:
+            return None
+        return Company.of(tap, self.job, self.ranking.scores(), self.options.neighbors, self.options.rounds)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Only the shallow layers and h2 are computed."""
@@ -85,6 +86,8 @@ class Dual(Objective):
         self.isolated_count = max(1, round(options.isolation_rate * n))
         self.recovered_count = min(self.isolated_count, max(options.recovery_floor, round(options.recovery_rate * n)))
         self.partitions: list[Partition] = []
+        self.scores, self.ranked = torch.zeros(n, dtype=torch.float64), False
+        self.company: Company | None = None
         self.backdoor_class = -1
         self.asked: Tensor | None = None  # what h1 first said of isolated samples labeled y_b, -1 elsewhere
         self.rest = [0, 0]  # how many of the other samples labeled y_b it took for another class then, of how many
@@ -98,8 +101,9 @@ class Dual(Objective):
                 self._ask(tap, isolated)
             assert self.asked is not None
             if self.options.remainder == "agree":
-                recovered |= (self.asked >= 0) & (self.asked != self.backdoor_class)
-                isolated &= ~(probation & (self.asked == self.backdoor_class))
+                agreed = self.asked == self.backdoor_class
+                recovered = torch.where(self.asked >= 0, ~agreed, recovered)
+                isolated &= ~(probation & agreed)
             rows = recovered.nonzero().flatten()
             logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)
             logits[:, self.backdoor_class] = -torch.inf
@@ -112,7 +116,11 @@ class Dual(Objective):
         isolated, suspects, probation = (torch.zeros(len(self.given), dtype=torch.bool) for _ in range(3))
         if o.warm_up is None and epoch == 0:  # nothing is known before the first epoch
             return isolated, suspects, probation
-        scores = self.trap.ranking.scores()
+        if not self.ranked or o.refresh == "epoch":
+            self.ranked = True
+            self.company = self.trap.company(tap)
+            self.scores = self.trap.ranking.scores() if self.company is None else self.company.scores
+        scores = self.scores
         order = top(scores, self.isolated_count)
         first = order[: self.recovered_count]
         answers = logits_of(tap, self.job.data, self.job.fabric, first, call=second_logits).argmax(1)
@@ -128,16 +136,23 @@ class Dual(Objective):
         if o.remainder == "agree":
             rows = of_class.nonzero().flatten()
             probation[rows[top(scores[rows], round(o.probation * len(rows)))]] = True
+            if self.company is not None:  # a whole class may come first: the least suspicious of it teach h1
+                isolated = suspects | (self.company.group & of_class)
             probation &= ~isolated
         return isolated | probation, suspects, probation
 
     def _ask(self, tap: Tap, isolated: Tensor) -> None:
-        """What h1 says of all samples labeled y_b, before it is taught any recovered label.
+        """What h1 says of all samples labeled y_b, before it is taught any recovered label; of their company, if known.
 
         Asked once: later it would only repeat what it was taught since.
         """
         rows = (self.given == self.backdoor_class).nonzero().flatten()
-        answers = logits_of(tap.backbone, self.job.data, self.job.fabric, rows).argmax(1)
+        logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)
+        answers = logits.argmax(1)
+        if self.company is not None:
+            denied = self.company.denied(rows, 1 - logits.double().softmax(1)[:, self.backdoor_class])
+            logits[:, self.backdoor_class] = -torch.inf
+            answers = torch.where(denied, logits.argmax(1), self.backdoor_class)
         self.asked = torch.full_like(self.given, -1)
         self.asked[rows] = torch.where(isolated[rows], answers, -1)
         rest = answers[~isolated[rows]]
@@ -191,6 +206,8 @@ class Dual(Objective):
         kept = [[p.epoch, p.isolated, p.recovered, p.labels] for p in self.partitions]
         return {
             "ranking": self.trap.ranking.state(),
+            "scores": self.scores,
+            "ranked": self.ranked,
             "partitions": kept,
             "backdoor_class": self.backdoor_class,
             "asked": self.asked,
@@ -200,6 +217,7 @@ class Dual(Objective):
     def load(self, state: Tree) -> None:
         """Back to the last partition, used as it was."""
         self.trap.ranking.load(state["ranking"])
+        self.scores, self.ranked = state["scores"], state["ranked"]
         self.backdoor_class, self.asked = state["backdoor_class"], state["asked"]
         self.rest = state["rest"]
         kept = [Partition(*values) for values in state["partitions"]]
@@ -209,9 +227,10 @@ class Dual(Objective):
     def outcome(self, tap: Tap) -> Outcome:
         """Judge the samples by the ranking and by what the main head said before it was taught their labels."""
         logits = logits_of(tap.backbone, self.job.data, self.job.fabric)
-        scores = self.trap.ranking.scores()
         asked = torch.full_like(self.given, -1) if self.asked is None else self.asked
-        found = suspects_of(tap.backbone, self.job.data, scores, logits, asked, self.backdoor_class, self.partitions)
+        found = suspects_of(
+            tap.backbone, self.job.data, self.scores, logits, asked, self.backdoor_class, self.partitions
+        )
         found.evidence["disagree_in_rest_of_class"] = {"count": self.rest[0], "n": self.rest[1]}
         found.evidence["parameters"] = tap.parameter_counts()
         return replace(found, witness=(tap, second_logits))

@@ -33,10 +33,14 @@ class E2ABL(Defense):
     4. The second head is thrown away: the model is the backbone with its own head.
 
     Deviations: the literal reading of the paper is the profile "paper"; both are compared in the docs' results. By
-    default samples are ranked by `Persistence`, of themselves and mixed with another class (`mixing`), instead of by
-    Eq. 5; the ranking is frozen after the warm-up, since h2 is trained on its own choices and drifts; isolated samples
-    of other labels go back, and of those labeled y_b h1 recovers what it takes for another class (`remainder`). Small
-    sets get floors of steps and counts.
+    default samples are ranked by their company (`ranking`): how soon each label was learned and how firmly it stands in
+    mixtures, shared over and over by neighbors in the features of h2, so that what is left are groups (`Company`). The
+    ranking is frozen after the warm-up, since h2 is trained on its own choices and drifts. What counts is the class
+    that falls into two most clearly; all but its least suspicious samples are on probation (`remainder`): kept from h1
+    until that is asked about them, once. Those in whose company h1 denies the label get their class from it; those it
+    agrees with come back, but for D* and a group firmly apart. Nothing is recovered unasked, so that clean data lose
+    nothing. Dual training starts anew (`restart`): with the layers that learned the trigger in the warm-up, a few
+    leaked samples teach it to h1. Small sets get floors of steps and counts.
     """
 
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
@@ -51,6 +55,7 @@ class E2ABL(Defense):
             "remainder": "trap",
             "predominance": 0.0,
             "recovery_delay": 0,
+            "restart": False,
             "recover_only_backdoor_label": False,
         }
     }
@@ -65,9 +70,12 @@ class E2ABL(Defense):
     warm_up: Annotated[Recipe | None, Field(description="training of h2 alone; null: no warm-up")] = Recipe(
         epochs=8, min_steps=200, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
     )
-    ranking: Annotated[Literal["persistence", "loss_drop"], Field(description="how the losses rank samples")] = (
-        "persistence"
-    )
+    ranking: Annotated[
+        Literal["company", "persistence", "loss_drop"],
+        Field(description="by persistence and mixtures shared with neighbors, by persistence, or by Eq. 5"),
+    ] = "company"
+    neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion, with `company`")] = 20
+    rounds: Annotated[int, Field(ge=1, description="how often they share it, with `company`")] = 10
     loss_history: Annotated[
         Literal["init", "after", "running"],
         Field(description="entries: evaluated from before training on, after each epoch only, or seen while training"),
@@ -76,7 +84,13 @@ class E2ABL(Defense):
     drop_weights: Annotated[Literal["square", "linear", "uniform"], Field(description="weights of Eq. 5")] = "square"
     window: Annotated[Share, Field(description="share of the warm-up's last epochs that `persistence` looks at")] = 1.0
 
-    isolation_rate: Annotated[float, Field(gt=0, le=1, description="share of all samples in D_p, one at least")] = 0.2
+    restart: Annotated[
+        bool, Field(description="begin dual training with new shallow layers: those of the warm-up know the trigger")
+    ] = True
+    isolation_rate: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of all samples in D_p, one at least; with `company`, see `probation`"),
+    ] = 0.2
     recovery_rate: Annotated[Share, Field(description="share of all samples in D*")] = 0.01
     recovery_floor: Annotated[int, Field(ge=1, description="D* has at least this many samples")] = 8
     refresh: Annotated[Literal["never", "epoch"], Field(description="rank again after each epoch of dual training")] = (
@@ -126,5 +140,7 @@ class E2ABL(Defense):
         ]
         dual = Dual(self, job, trap)
         dual.partition(tap, 0)
+        if self.restart:
+            backbone.load_state_dict(job.model().state_dict())
         job.fit("dual training", tap, dual, recipe, parameters=groups)
         return dual.outcome(tap)

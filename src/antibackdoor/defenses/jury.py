@@ -12,8 +12,8 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
+from antibackdoor.defenses.company import second_logits
 from antibackdoor.defenses.deposition import Deposition
-from antibackdoor.defenses.dual_head import second_logits
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
@@ -23,7 +23,7 @@ from antibackdoor.training.groups import clarity, company, doubted, halves, near
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
-from antibackdoor.training.scores import features_of, logits_of, mixed_logits_of
+from antibackdoor.training.scores import bonds_of, features_of, logits_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -124,9 +124,8 @@ class Jury(Defense):
         features = features_of(tap, job.data, job.fabric, call=second_logits)
         near = nearest(features, given, self.neighbors, seed=job.seed)
         confidence, elsewhere = self._home(job, given)
-        early, bond, home = (
-            shared(opinion, near) for opinion in (within(ease, given), self._bond(job, tap), confidence)
-        )
+        mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
+        early, bond, home = (shared(opinion, near) for opinion in (within(ease, given), mixed, confidence))
         odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
         suspicion = doubted((early, bond, home), odd, given)
         clearness = [[self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home, early)]
@@ -164,16 +163,6 @@ class Jury(Defense):
         witness = Witness(job, geometric(steps, self.looks))
         job.fit("trap", tap, witness, self.trap, parameters=tap.warm_up_parameters())
         return tap, witness.ranking.scores()
-
-    def _bond(self, job: Job, tap: Tap) -> Tensor:
-        """`(n,)`: the mean probability of the given label over mixtures with samples of other labels."""
-        given = job.data.y.cpu()[:, None]
-        bond = torch.zeros(len(given), dtype=torch.float64)
-        for number in range(self.mixtures):
-            rng = generator(job.seed, "mixture", number)
-            logits = mixed_logits_of(tap, job.data, job.fabric, rng, call=second_logits)
-            bond += logits.double().softmax(1).gather(1, given).squeeze(1) / self.mixtures
-        return bond
 
     def _home(self, job: Job, given: Tensor) -> tuple[Tensor, Tensor]:
         """Of the outsider that was never shown a sample of this label: `(n,)` confidence in another, and in which."""

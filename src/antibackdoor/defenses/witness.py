@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
-from antibackdoor.defenses.dual_head import second_logits
+from antibackdoor.defenses.company import second_logits
 from antibackdoor.files import Tree
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Objective, Step

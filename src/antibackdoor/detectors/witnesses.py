@@ -9,7 +9,7 @@ from torch import nn
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
-from antibackdoor.defenses.dual_head import second_logits
+from antibackdoor.defenses.company import second_logits
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.detectors.base import DETECTORS, Detector
 from antibackdoor.options import options

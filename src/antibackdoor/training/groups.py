@@ -37,15 +37,18 @@ def nearest(features: Tensor, labels: Tensor, neighbors: int, *, most: int = 409
     return found
 
 
-def shared(opinions: Tensor, near: Tensor, neighbors: int | None = None) -> Tensor:
+def shared(opinions: Tensor, near: Tensor, neighbors: int | None = None, *, rounds: int = 1) -> Tensor:
     """Each sample's opinion `(n,)` averaged with those of its `nearest`, all or `neighbors` of them; float64.
 
-    A noisy opinion about single samples becomes a sharp one about groups, if only the features keep them apart.
+    A noisy opinion about single samples becomes a sharp one about groups, if only the features keep them apart. The
+    more `rounds`, the further an opinion travels: all of a class come to agree but where no neighbors lead across.
     """
     opinions, near = opinions.double(), near if neighbors is None else near[:, : neighbors + 1]
-    return torch.cat(
-        [torch.where(part >= 0, opinions[part], 0.0).sum(1) / (part >= 0).sum(1) for part in near.split(CHUNK)]
-    )
+    for _ in range(rounds):
+        opinions = torch.cat(
+            [torch.where(part >= 0, opinions[part], 0.0).sum(1) / (part >= 0).sum(1) for part in near.split(CHUNK)]
+        )
+    return opinions
 
 
 def company(m: int, neighbors: int) -> int:

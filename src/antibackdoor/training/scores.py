@@ -16,6 +16,7 @@ from antibackdoor.data.batches import Batch, gather
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import undisturbed
+from antibackdoor.seeds import generator
 from antibackdoor.training.objectives import forward
 from antibackdoor.training.team import scored
 
@@ -162,6 +163,24 @@ def mixed_logits_of(
         return call(model, replace(batch, x=x))
 
     return logits_of(model, data, fabric, call=mixed, size=size)
+
+
+def bonds_of(
+    model: nn.Module,
+    data: Data,
+    fabric: Fabric,
+    seed: int,
+    mixtures: int,
+    *,
+    call: Callable[[nn.Module, Batch], Tensor] = forward,
+) -> Tensor:
+    """`(n,)` float64: the mean probability of the given label over so many mixtures, see `mixed_logits_of`."""
+    given = data.y.cpu()[:, None]
+    bonds = torch.zeros(len(given), dtype=torch.float64)
+    for number in range(mixtures):
+        logits = mixed_logits_of(model, data, fabric, generator(seed, "mixture", number), call=call)
+        bonds += logits.double().softmax(1).gather(1, given).squeeze(1) / mixtures
+    return bonds
 
 
 def losses(logits: Tensor, y: Tensor) -> Tensor:
