@@ -84,7 +84,7 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
 
 def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     """How far a class is on the way to being found attacked: 1 at the limit, of several ways the furthest."""
-    beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("bond", "division"))
+    beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("ease", "bond", "division"))
     mixed = (1 - found["alike"]) / max(1 - limits["alike"], 1e-9)
     heard = together = 0.0
     if found["together"]:
@@ -98,6 +98,11 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
 def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """What was found about one class: what it means first, the numbers in brackets."""
     told, apart = [], f" ({found['apart']} are set apart)" if found["apart"] else ""
+    if found["ease"] >= limits["ease"]:
+        told.append(
+            f"Some samples labeled {name!r} lie together and were learned apart from the others of the class{apart}: "
+            "a shallow model came to know all of them sooner, or all of them later."
+        )
     if found["bond"] >= limits["bond"]:
         told.append(
             f"Something other than what they show ties some samples to the label {name!r}{apart}: averaged with "
@@ -143,7 +148,7 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 "50% is early).",
                 look,
             ]
-    return told or ["No class falls into two groups, neither in mixtures nor for models that never saw it."]
+    return told or ["No class falls into two: not when it is learned, not mixed, not for models that never saw it."]
 
 
 MANY = 0.4

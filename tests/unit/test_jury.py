@@ -15,7 +15,7 @@ from tests.toy import toy_images
 from torch import Tensor
 
 from antibackdoor.data.batches import gather
-from antibackdoor.defenses import hearing
+from antibackdoor.defenses import hearing, jury
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.defenses.hearing import OUT, Hearing
 from antibackdoor.defenses.jury import Jury
@@ -72,9 +72,7 @@ NEAR = torch.stack([torch.arange(40)[torch.arange(40) % 4 == row % 4] for row in
 
 def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
     """A deposition; nobody asks the witness itself."""
-    return Deposition(
-        cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), [0.0] * 4, [0.0] * 4, [0.0] * 4
-    )
+    return Deposition(cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), [[0.0] * 3] * 4)
 
 
 class Court:
@@ -385,28 +383,26 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     apart = torch.isin(torch.arange(40), torch.tensor([1, 5, 8]))  # two of class 1, one of class 0
     rest = torch.zeros(40)
     witnesses = Deposition(
-        cast(Tap, None), rest, rest, NEAR, apart, rest, [0.1, 0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0], [9.0] * 4
+        cast(Tap, None), rest, rest, NEAR, apart, rest, [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3]
     )
     nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
-        {**nobody, "bond": 0.1, "division": 5.0, "apart": 1, "attacked": True},
-        {**nobody, "bond": 0.2, "division": 6.0, "apart": 2, "attacked": True},
-        {**nobody, "bond": 0.3, "division": 7.0, "apart": 0, "attacked": False},
+        {**nobody, "ease": 9.0, "bond": 0.1, "division": 5.0, "apart": 1, "attacked": True},
+        {**nobody, "ease": 8.0, "bond": 0.2, "division": 6.0, "apart": 2, "attacked": True},
+        {**nobody, "ease": 7.0, "bond": 0.3, "division": 7.0, "apart": 0, "attacked": False},
     ]
-    evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, bond=3.0, division=4.0))
-    assert evidence == {
-        "by_class": told,
-        "limits": {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "bond": 3.0, "division": 4.0},
-    }
+    evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, ease=2.0, bond=3.0, division=4.0))
+    limits = {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "ease": 2.0, "bond": 3.0, "division": 4.0}
+    assert evidence == {"by_class": told, "limits": limits}
 
 
 def test_firmly_divided_classes_come_first_in_a_ranking_of_all() -> None:
     suspicion, given = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3]).double(), torch.tensor([0, 0, 1, 1, 2])
     nothing = torch.zeros(5)
     said = Deposition(
-        cast(Tap, None), suspicion, nothing, NEAR, nothing > 0, nothing, [0.0] * 3, [0.0] * 3, [FIRM - 0.01, FIRM, 3]
+        cast(Tap, None), suspicion, nothing, NEAR, nothing > 0, nothing, [[0.0, FIRM - 0.01], [FIRM, 0.0], [0.0, 3]]
     )
     assert said.scores(given).tolist() == pytest.approx([0.1, 0.9, 0.2 + FIRM, 0.8 + FIRM, 3.3])
 
@@ -435,8 +431,9 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
-    limits = {"bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5, "late": 0.2, "alike": 0.5}
+    limits = {"ease": 3.0, "bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5, "late": 0.2, "alike": 0.5}
     calm = {
+        "ease": 0.0,
         "bond": 0.0,
         "division": 0.0,
         "apart": 0,
@@ -465,8 +462,9 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     group = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.3, "alike": 0.2}, limits)
     assert len(group) == 3 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
     assert "30%" in group[1] and "20% or less is last" in group[1] and "many classes" in group[2]
-    bound = told_of("x", calm | {"bond": 1.2, "division": 3.0, "apart": 7}, limits)
-    assert len(bound) == 3 and all("(7 are set apart)" in sentence for sentence in bound[:2])
+    bound = told_of("x", calm | {"ease": 3.0, "bond": 1.2, "division": 3.0, "apart": 7}, limits)
+    assert len(bound) == 4 and all("(7 are set apart)" in sentence for sentence in bound[:3])
+    assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3
 
 
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:
@@ -484,14 +482,26 @@ def test_in_small_classes_a_find_counts_and_finding_nothing_does_not() -> None:
     assert decide(found.data, found.hearing.outcome(found.job.model())).poisoned
 
 
-def test_what_divides_a_class() -> None:
-    jury = Jury(trusted=0.35, neighbors=20)
-    group = torch.cat([torch.full((60,), 0.1), torch.full((140,), 0.9)]).double()
-    assert jury._clear(group) == 0, "an upper group of 70 % leaves nobody to be trusted"
-    assert jury._clear(1 - group) == pytest.approx(0.8 * 16)  # 30 %, 0.8 apart, at most sharp
-    small = (1 - group)[::5]  # 40 samples, of which each shares with 4 and not with 20
-    assert jury._clear(small) == pytest.approx(0.8 * 16 * math.sqrt(4 / 20))
-    assert jury._clear(group[:1]) == 0
+@pytest.mark.parametrize("divided", [True, False])
+def test_company_chooses_where_it_divides_a_class_and_elsewhere_the_neighbors(
+    monkeypatch: pytest.MonkeyPatch, divided: bool
+) -> None:
+    """Of the 40 of class 1, ten lie by themselves and stick to their label in mixtures."""
+    data, rng = toy_images(160), torch.Generator().manual_seed(0)
+    job, ones = Job(data, model="resnet18-w4", fabric=FABRIC), (data.y == 1).nonzero().flatten()
+    group = torch.isin(torch.arange(160), ones[:10]) & torch.tensor(divided)
+    features = torch.nn.functional.one_hot(group.long(), 2).float() + 0.1 * torch.rand(160, 2, generator=rng)
+    monkeypatch.setattr(Jury, "_trap", lambda *_: ("tap", torch.randperm(160, generator=rng)))
+    monkeypatch.setattr(Jury, "_home", lambda *_: (torch.full((160,), 0.95).double(), data.y + 1))
+    monkeypatch.setattr(jury, "features_of", lambda *_, **__: features)
+    monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: 0.1 + 0.8 * group.double())
+    monkeypatch.setattr(jury, "doubted", lambda *_: torch.full((160,), -1.0).double())  # what neighbors say
+    said = Jury(neighbors=4).depose(job)
+    assert set(said.apart.nonzero().flatten().tolist()) == (set(ones[:10].tolist()) if divided else set())
+    assert (said.suspicion[said.apart] == 1).all() and said.clear[1][1] == pytest.approx(12.8 if divided else 0)
+    by_neighbors = (said.suspicion == -1)[data.y != 1].all(), (said.suspicion == -1)[data.y == 1].all()
+    assert [bool(those) for those in by_neighbors] == [True, not divided]
+    assert (said.elsewhere == data.y + 1).all()
 
 
 def test_one_sample_of_a_class_is_trusted() -> None:

@@ -18,9 +18,10 @@ from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.models.tap import Tap
 from antibackdoor.seeds import generator
+from antibackdoor.training.groups import FIRM
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
-from antibackdoor.training.ranking import LossDrop, Persistence
+from antibackdoor.training.ranking import LossDrop, Persistence, top
 from antibackdoor.verdict import decide
 from tiny import FABRIC
 from toy import toy_images
@@ -170,14 +171,22 @@ class Told(Company):
         return torch.tensor([False, True, True, False, False])
 
 
+def told(group: set[int]) -> Told:
+    """Company in which these rows are odd; the class of 1 and 13 falls into two, and of it 1 is the oddest."""
+    odd = torch.isin(torch.arange(20), torch.tensor([*group], dtype=torch.int64)).double()
+    suspicion = torch.zeros(20).double()
+    suspicion[[1, 13, 2, 5, 9]] = torch.tensor([0.9, 0.8, 0.75, 0.7, 0.6]).double()
+    clear = [[2 * FIRM * any(row % 4 == label for row in group), 0.0] for label in range(4)]
+    clear[BACKDOOR] = [clear[BACKDOOR][0], 0.1]
+    return Told(GIVEN, torch.zeros(20, 1).long(), 1, 0.8, [odd, odd], suspicion, clear)
+
+
 def test_with_company_a_sample_is_what_its_company_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 and 13 are the odd group of the class; 5 and 9, beside them on probation (4 of 5), are in denied company."""
     first = [1, 13, 2, 5, 9, 6, 10, 14, 18]  # of the first four, too few are of the class to be recovered unasked
     options = {"probation": 0.8, "recovery_delay": 0.5, "predominance": 0.9}
     heads = Heads(monkeypatch, first, {17: 3, 9: 2}, **options)
-    group = torch.zeros(20, dtype=torch.bool)
-    group[[1, 13, 2]] = True  # 2 is of another class
-    heads.company = Told(torch.zeros(20, 1).long(), heads.scores, group, 1)
+    heads.company = told({1, 13, 2})  # 2 is of another class
     assert heads.split(0)[:2] == ({1, 13, 5, 9}, set()), "17 shows the main head what the class looks like"
     last = heads.dual.job.recipe(heads.dual.options.main).epochs_for(20)
     isolated, recovered, labels = heads.split(last)
@@ -185,9 +194,20 @@ def test_with_company_a_sample_is_what_its_company_is(monkeypatch: pytest.Monkey
     assert recovered == {5, 9} and int(labels[5]) == int(labels[9]) == 2
     assert heads.dual.rest == [0, 1], "17 is in good company"
     heads = Heads(monkeypatch, first, {}, **options)
-    heads.company = Told(torch.zeros(20, 1).long(), heads.scores, torch.zeros(20, dtype=torch.bool), 1)
+    heads.company = told(set())
     heads.split(0)
     assert heads.split(last)[:2] == ({5, 9}, {5, 9}), "where no group is odd, 1 and 13 come back"
+
+
+@pytest.mark.parametrize(("few", "in_order"), [(20, [1, 13, 2, 5, 9]), (5, [1, 13, 5, 9, 17])])
+def test_with_company_the_class_that_falls_into_two_comes_first_if_it_is_large(
+    monkeypatch: pytest.MonkeyPatch, few: int, in_order: list[int]
+) -> None:
+    monkeypatch.setattr(dual_head, "FEW", few)
+    heads = Heads(monkeypatch, [], {})
+    heads.company = told({1, 13})
+    heads.split(0)
+    assert top(heads.dual.scores, 5).tolist() == in_order
 
 
 def test_the_outcome_tells_what_the_main_head_said_when_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:

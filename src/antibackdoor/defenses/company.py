@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +11,14 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import FEW, FIRM, clarity, doubted, halves, nearest, oddness, shared
-from antibackdoor.training.job import Job
-from antibackdoor.training.ranking import within
-from antibackdoor.training.scores import bonds_of, features_of
+from antibackdoor.training.groups import clarity, company, doubted, halves, odd, oddness, shared
 
-MIXTURES = 8
-"""How often each sample is averaged with another, for its bond to its label."""
-MOST = 5 / 6
-"""Of a class may be poison: what is said of more of it is what is ordinary there."""
+DIVIDED = 1.0
+"""Clarity from which on opinions that were shared over and over divide a class: where nothing keeps groups apart all
+agree in the end, and little is left of the clarity that noise has."""
+
+DENIED = 2.5
+"""Clarity from which on doubts that were shared once divide a class: hard but clean samples lie together, too."""
 
 
 def second_logits(tap: nn.Module, batch: Batch) -> Tensor:
@@ -28,48 +29,69 @@ def second_logits(tap: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Company:
-    """What a witness that learned everything as labeled says of groups; a trigger puts its samples next to each other.
+    """What opinions about samples say of groups, after they were shared over and over by neighbors of the same label.
 
-    near: `(n, neighbors + 1)`, each sample's `nearest` in its features. scores: `(n,)`, higher = more suspicious:
-    classes in order of how clearly they fall into two and, within each, the odd group first. group: `(n,)` bool, the
-    odd group of classes that fall into two firmly.
+    A trigger puts its samples next to each other in the features of whoever learned it. What is noise in single samples
+    averages out, and in the end only groups differ that no neighbors connect.
+
+    given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: share of a class from which on the
+    upper group is what is ordinary there. opinions: `(n,)` each, shared `rounds` times. suspicion: `(n,)`, percentile
+    within the label of being `odd` in the opinions that divide it. clear: how clearly each opinion divides each class.
     """
 
+    given: Tensor
     near: Tensor
-    scores: Tensor
-    group: Tensor
     rounds: int
+    most: float
+    opinions: Sequence[Tensor]
+    suspicion: Tensor
+    clear: Sequence[Sequence[float]]
 
     @classmethod
-    def of(cls, tap: Tap, job: Job, ease: Tensor, neighbors: int, rounds: int) -> Company:
-        """From how soon each label was learned, `ease` `(n,)`, and from its bond to the sample in mixtures.
+    def of(
+        cls, opinions: Sequence[Tensor], given: Tensor, near: Tensor, classes: int, *, rounds: int, most: float
+    ) -> Company:
+        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
+        shares = [shared(opinion, near, rounds=rounds) for opinion in opinions]
+        suspicion = doubted(shares, [oddness(opinion, given, most) for opinion in shares], given, DIVIDED)
+        neighbors = near.shape[1] - 1
+        clear = [[clear_in(opinion[given == label], neighbors) for opinion in shares] for label in range(classes)]
+        return cls(given, near, rounds, most, shares, suspicion, clear)
 
-        Both are shared by neighbors over and over, until only groups differ that no neighbors connect.
-        """
-        given, n = job.data.y.cpu(), len(job.data)
-        features = features_of(tap, job.data, job.fabric, call=second_logits)
-        near = nearest(features, given, neighbors, seed=job.seed)
-        bonds = bonds_of(tap, job.data, job.fabric, job.seed, MIXTURES, call=second_logits)
-        opinions = [shared(said, near, rounds=rounds) for said in (within(ease, given), bonds)]
-        clear, group = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
-        for label in given.unique().tolist():
-            rows = (given == label).nonzero().flatten()
-            if len(rows) < FEW:
-                continue
-            best = max((opinion[rows] for opinion in opinions), key=clarity)
-            clear[rows] = clarity(best)
-            if clarity(best) >= FIRM:
-                upper = halves(best)[0]
-                group[rows] = ~upper if float(upper.double().mean()) > MOST else upper
-        odd = [oddness(opinion, given, MOST) for opinion in opinions]
-        return cls(near, doubted(opinions, odd, given) + clear, group, rounds)
+    @property
+    def clearest(self) -> Tensor:
+        """`(K,)` float64: how clearly the clearest opinion divides each class."""
+        return torch.tensor([max(clear) for clear in self.clear], dtype=torch.float64)
+
+    def apart(self, enough: Sequence[float]) -> Tensor:
+        """`(n,)` bool: the odd group of each class that an opinion divides with at least its clarity in `enough`."""
+        group = torch.zeros(len(self.given), dtype=torch.bool)
+        for label, clear in enumerate(self.clear):
+            rows = (self.given == label).nonzero().flatten()
+            for opinion, found, least in zip(self.opinions, clear, enough, strict=True):
+                if found >= least:
+                    group[rows] |= odd(opinion[rows], self.most)
+        return group
 
     def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
 
-        That is the upper group where the class falls into two firmly. If it does not, whose company is doubted by half.
+        Who answers has learned the class and is less noisy than the opinions above, so that doubts shared once tell, if
+        they divide the class: the upper group is denied. If they do not, whoever's far company is doubted by half.
         """
         known = torch.zeros(len(self.near), dtype=torch.float64)
         known[rows] = doubts.double()
-        doubt = shared(known, self.near, rounds=self.rounds)[rows]
-        return halves(doubt)[0] if clarity(doubt) >= FIRM else doubt > 0.5
+        doubt = shared(known, self.near)[rows]
+        if clarity(doubt) >= DENIED:
+            return halves(doubt)[0]
+        return shared(known, self.near, rounds=self.rounds)[rows] > 0.5
+
+
+def clear_in(opinion: Tensor, neighbors: int) -> float:
+    """Clarity of shared opinions in a class, as the noise would have it that only `neighbors` sharers leave.
+
+    The mean of few opinions is noisy, and divides a small class by itself.
+    """
+    if len(opinion) < 2:
+        return 0.0
+    return clarity(opinion) * math.sqrt(max(company(len(opinion), neighbors), 1) / max(neighbors, 1))

@@ -23,8 +23,8 @@ class Deposition:
     tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
     label, 1 for those apart. ease: `(n,)`, how early each label was learned. near: `(n, m)`, each sample's `nearest` in
     the features of the tap. apart: `(n,)` bool, samples that mixtures or outsiders set apart from their class beyond
-    doubt. elsewhere: `(n,)`, what an outsider is confident to see in place of the label, -1 for nothing. bonds,
-    divisions: how clearly mixtures and outsiders divide each class; clear: how clearly the clearest witness does.
+    doubt. elsewhere: `(n,)`, what an outsider is confident to see in place of the label, -1 for nothing. clear: for
+    each class how clearly ease, bond and home divide it.
     """
 
     tap: Tap
@@ -33,23 +33,22 @@ class Deposition:
     near: Tensor
     apart: Tensor
     elsewhere: Tensor
-    bonds: Sequence[float]
-    divisions: Sequence[float]
-    clear: Sequence[float]
+    clear: Sequence[Sequence[float]]
 
     def scores(self, given: Tensor) -> Tensor:
         """`(n,)`, suspicion for a ranking of the whole set: classes that are firmly divided come before all others."""
-        firm = torch.tensor([clear if clear >= FIRM else 0.0 for clear in self.clear], dtype=torch.float64)
+        clearest = [max(clear) for clear in self.clear]
+        firm = torch.tensor([clear if clear >= FIRM else 0.0 for clear in clearest], dtype=torch.float64)
         return self.suspicion + firm[given]
 
     def finding(self, label: int, given: Tensor) -> dict[str, Any]:
         """About one class, before any hearing: what `verdict` reads."""
         apart = int(self.apart[given == label].sum())
-        told = {"bond": self.bonds[label], "division": self.divisions[label], "apart": apart}
+        told = {**dict(zip(("ease", "bond", "division"), self.clear[label], strict=True)), "apart": apart}
         heard = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0}
         return {**heard, **told, "attacked": apart > 0}
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
         """For the verdict: what was found about each class, and the limits beyond which it counts."""
-        names = ("acquittal", "denial", "late", "alike", "bond", "division")
+        names = ("acquittal", "denial", "late", "alike", "ease", "bond", "division")
         return {"by_class": list(findings), "limits": {name: getattr(options, name) for name in names}}

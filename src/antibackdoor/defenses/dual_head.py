@@ -18,13 +18,20 @@ from antibackdoor.defenses.suspects import suspects_of
 from antibackdoor.files import Tree
 from antibackdoor.models.tap import Tap
 from antibackdoor.seeds import generator
+from antibackdoor.training.groups import FEW, FIRM, nearest
 from antibackdoor.training.job import Job
 from antibackdoor.training.objectives import Objective, Step
-from antibackdoor.training.ranking import LossDrop, Persistence, top
-from antibackdoor.training.scores import logits_of, losses, mixed_logits_of
+from antibackdoor.training.ranking import LossDrop, Persistence, top, within
+from antibackdoor.training.scores import bonds_of, features_of, logits_of, losses, mixed_logits_of
 
 if TYPE_CHECKING:
     from antibackdoor.defenses.e2abl import E2ABL
+
+
+MIXTURES = 8
+"""How often each sample is averaged with another, for its bond to its label."""
+MOST = 5 / 6
+"""Of a class may be poison, a little more than in any attack of the papers: more of it is what is ordinary there."""
 
 
 class Trap(Objective):
@@ -49,10 +56,16 @@ class Trap(Objective):
             self.ranking.add(losses(mixed_logits_of(tap, data, fabric, rng, call=second_logits), data.y))
 
     def company(self, tap: Tap) -> Company | None:
-        """What the ranking as it stands says of groups, where the samples are ranked by `company`."""
+        """What the ranking as it stands, and each sample's bond to its label in mixtures, say of groups of samples."""
         if self.options.ranking != "company" or self.options.warm_up is None:
             return None
-        return Company.of(tap, self.job, self.ranking.scores(), self.options.neighbors, self.options.rounds)
+        data, fabric, seed = self.job.data, self.job.fabric, self.job.seed
+        given, features = data.y.cpu(), features_of(tap, data, fabric, call=second_logits)
+        near = nearest(features, given, self.options.neighbors, seed=seed)
+        bonds = bonds_of(tap, data, fabric, seed, MIXTURES, call=second_logits)
+        ease = within(self.ranking.scores(), given)
+        classes = len(data.spec.classes)
+        return Company.of((ease, bonds), given, near, classes, rounds=self.options.rounds, most=MOST)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Only the shallow layers and h2 are computed."""
@@ -119,7 +132,11 @@ class Dual(Objective):
         if not self.ranked or o.refresh == "epoch":
             self.ranked = True
             self.company = self.trap.company(tap)
-            self.scores = self.trap.ranking.scores() if self.company is None else self.company.scores
+            if self.company is None:
+                self.scores = self.trap.ranking.scores()
+            else:  # class after class, the one that falls into two most clearly first
+                large = torch.bincount(self.given, minlength=len(self.company.clear)) >= FEW
+                self.scores = self.company.suspicion + (self.company.clearest * large)[self.given]
         scores = self.scores
         order = top(scores, self.isolated_count)
         first = order[: self.recovered_count]
@@ -137,7 +154,7 @@ class Dual(Objective):
             rows = of_class.nonzero().flatten()
             probation[rows[top(scores[rows], round(o.probation * len(rows)))]] = True
             if self.company is not None:  # a whole class may come first: the least suspicious of it teach h1
-                isolated = suspects | (self.company.group & of_class)
+                isolated = suspects | (self.company.apart((FIRM, FIRM)) & of_class)
             probation &= ~isolated
         return isolated | probation, suspects, probation
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
-from antibackdoor.defenses.company import second_logits
+from antibackdoor.defenses.company import DIVIDED, Company, second_logits
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
 from antibackdoor.seeds import generator
-from antibackdoor.training.groups import clarity, company, doubted, halves, nearest, oddness, shared
+from antibackdoor.training.groups import doubted, nearest, oddness, shared
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
@@ -40,18 +39,20 @@ class Jury(Defense):
        own, also where the label is true.
     3. Home: for each class a shallow outsider learns all OTHER classes. A sample that only the trigger ties to its
        label looks to it like one of its own: `h`, its confidence in another class.
-    4. Neighbors: a trigger puts its samples next to each other in the features of the model that learned it, so each
+    4. Company: a trigger puts its samples next to each other in the features of the model that learned it, so each
        sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
-       out, and a poisoned sample that looks innocent by itself is found in the company it keeps.
-       Which of the three knows something depends on the trigger and on the data. In a class that some of them divide
-       firmly in two these alone count, and in the others all three; the suspicion is the worst that is said of a
-       sample. What bond and home say is odd, as a rule, in the upper group; in the lower one, if the upper one is too
-       large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
+       out, and a poisoned sample that looks innocent by itself is found in the company it keeps. Shared over and over
+       (`rounds`), an opinion differs in the end only between groups that no neighbors connect: a class that is still
+       divided is divided by more than chance, and its odd group is suspicious, or even set apart (`ease`, `bond`,
+       `division`). Where all agree in the end there is no large group; once shared, the opinions still tell of a few
+       samples. Then those that divide the class firmly count alone, all three if none does; the suspicion is the worst
+       that is said of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too large to be
+       poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
-    6. After `hearing` of the epochs it answers, anew after each epoch, for all samples. A class is attacked if mixtures
-       or outsiders divide it beyond doubt, or if the model denies a group of it together: its doubt of the given label,
+    6. After `hearing` of the epochs it answers, anew after each epoch, for all samples. A class is attacked if it was
+       divided beyond doubt, or if the model denies a group of it together: its doubt of the given label,
        shared by neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by
        mistake, are found in their company. Odd but clean samples of a kind that is not among the trusted are denied
        together, too; but these are `late`, the last of all to be learned, or `alike`, all taken for one class, where
@@ -81,6 +82,7 @@ class Jury(Defense):
     mixtures: Annotated[int, Field(ge=1, description="how often each sample is averaged with another")] = 8
     groups: Annotated[int, Field(ge=2, description="outsiders at most; with more classes, each lacks several")] = 10
     neighbors: Annotated[int, Field(ge=0, description="how many share a sample's suspicion; 0: each for itself")] = 20
+    rounds: Annotated[int, Field(ge=1, description="how often they share it")] = 10
     closest: Annotated[
         int, Field(ge=1, description="how many share the model's doubt of it, for small groups; `neighbors` too")
     ] = 5
@@ -99,6 +101,9 @@ class Jury(Defense):
     alike: Annotated[
         Share, Field(description="total variation distance of what they are taken for from all other classes")
     ] = 0.5
+    ease: Annotated[
+        float, Field(ge=0, description="`clarity` beyond doubt of a division by when they were learned")
+    ] = 3.0
     division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
     bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of a class whose labels are not simply given back")] = 0.3
@@ -119,37 +124,22 @@ class Jury(Defense):
 
     def depose(self, job: Job) -> Deposition:
         """What the witnesses say, before any model is trained."""
-        given, labels = job.data.y.cpu(), range(len(job.data.spec.classes))
+        given, classes = job.data.y.cpu(), len(job.data.spec.classes)
         tap, ease = self._trap(job)
         features = features_of(tap, job.data, job.fabric, call=second_logits)
         near = nearest(features, given, self.neighbors, seed=job.seed)
         confidence, elsewhere = self._home(job, given)
         mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
-        early, bond, home = (shared(opinion, near) for opinion in (within(ease, given), mixed, confidence))
+        said = (within(ease, given), mixed, confidence)
+        company = Company.of(said, given, near, classes, rounds=self.rounds, most=1 - self.trusted)
+        early, bond, home = (shared(opinion, near) for opinion in said)
         odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
-        suspicion = doubted((early, bond, home), odd, given)
-        clearness = [[self._clear(opinion[given == label]) for label in labels] for opinion in (bond, home, early)]
-        bonds, divisions = clearness[:2]
-        apart = torch.zeros(len(given), dtype=torch.bool)
-        for label, bound, divided in zip(labels, bonds, divisions, strict=True):
-            rows = (given == label).nonzero().flatten()
-            for opinion, clear in ((bond, bound >= self.bond), (home, divided >= self.division)):
-                if clear:
-                    apart[rows] |= halves(opinion[rows])[0]  # the upper: shares are not negative
+        divided = (company.clearest >= DIVIDED)[given]
+        suspicion = torch.where(divided, company.suspicion, doubted((early, bond, home), odd, given))
+        apart = company.apart((self.ease, self.bond, self.division))
         suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
-        clearest = [max(opinions) for opinions in zip(*clearness, strict=True)]
-        return Deposition(tap, suspicion, ease, near, apart, elsewhere, bonds, divisions, clearest)
-
-    def _clear(self, opinion: Tensor) -> float:
-        """Clarity of shared opinions in a class, as the noise would have it that only `neighbors` sharers leave.
-
-        The mean of few opinions is noisy, and divides a small class by itself. An upper group too large for anybody to
-        be trusted is the class, and the rest of it are odd.
-        """
-        if len(opinion) < 2 or float(halves(opinion)[0].double().mean()) > 1 - self.trusted:
-            return 0.0
-        return clarity(opinion) * math.sqrt(max(company(len(opinion), self.neighbors), 1) / max(self.neighbors, 1))
+        return Deposition(tap, suspicion, ease, near, apart, elsewhere, company.clear)
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)

@@ -24,8 +24,8 @@ class Witnesses(Detector):
     """Shallow networks say which samples something ties to their label that has nothing to do with what they show.
 
     `Jury` up to the training of its model: suspicion from ease, bond and home, shared by neighbors. Samples are flagged
-    where mixtures or outsiders divide a class beyond doubt; the label suggested is what an outsider is confident to see
-    (of clean-label poison a wrong one). Nobody is heard by a trained model, so poison that only this finds (slow to be
+    where these divide a class beyond doubt; the label suggested is what an outsider is confident to see (of clean-label
+    poison a wrong one). Nobody is heard by a trained model, so poison that only this finds (slow to be
     learned, lost in mixtures, unlike any other class) is missed.
     """
 

@@ -56,16 +56,21 @@ def company(m: int, neighbors: int) -> int:
     return min(neighbors, max(1, m // 10), m - 1)
 
 
-def oddness(opinions: Tensor, labels: Tensor, most: float) -> Tensor:
-    """Percentile `(n,)` in (0, 1), within its label, of how far towards the odd end a sample's opinion `(n,)` lies.
+def odd(values: Tensor, most: float) -> Tensor:
+    """The odd one of the `halves` of `(m,)`, bool: the upper, unless it is more than `most` of all, the ordinary."""
+    upper = halves(values)[0]
+    return ~upper if float(upper.double().mean()) > most else upper
 
-    The upper group of a class is odd, unless it is more than a share of `most` of it: then it is what is ordinary.
-    """
+
+def oddness(opinions: Tensor, labels: Tensor, most: float) -> Tensor:
+    """Percentile `(n,)` in (0, 1), within its label, of how far towards the `odd` end a sample's opinion lies."""
     toward = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        if len(rows) > 1 and float(halves(toward[rows])[0].double().mean()) > most:
-            toward[rows] *= -1
+        if len(rows) > 1:
+            group = odd(toward[rows], most)
+            if toward[rows][group].mean() < toward[rows][~group].mean():
+                toward[rows] *= -1
     return within(toward, labels)
 
 
@@ -74,17 +79,17 @@ FIRM = 1.5
 that shared confidences would have to spread over all of [0, 1] to reach it without two groups."""
 
 
-def doubted(opinions: Sequence[Tensor], odd: Sequence[Tensor], labels: Tensor) -> Tensor:
+def doubted(opinions: Sequence[Tensor], oddness: Sequence[Tensor], labels: Tensor, firm: float = FIRM) -> Tensor:
     """Percentile `(n,)` within its label of the oddest that is said of a sample.
 
-    opinions: `(n,)` each; odd: `oddness` in each of them. Which of them knows something differs from class to class.
-    In a class that some divide firmly, nobody else is asked.
+    opinions: `(n,)` each; oddness: of a sample in each of them. Which of them knows something differs from class to
+    class. In a class that some divide with a clarity of `firm`, nobody else is asked.
     """
     worst = torch.zeros(len(labels), dtype=torch.float64)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        firm = [own[rows] for opinion, own in zip(opinions, odd, strict=True) if clarity(opinion[rows]) >= FIRM]
-        worst[rows] = torch.stack(firm or [own[rows] for own in odd]).amax(0).double()
+        clear = [own[rows] for opinion, own in zip(opinions, oddness, strict=True) if clarity(opinion[rows]) >= firm]
+        worst[rows] = torch.stack(clear or [own[rows] for own in oddness]).amax(0).double()
     return within(worst, labels)
 
 
