@@ -76,15 +76,17 @@ class Company:
     def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
 
-        Who answers has learned the class and is less noisy than the opinions above, so that doubts shared once tell, if
-        they divide the class: the upper group is denied. If they do not, whoever's far company is doubted by half.
+        That is whoever's far company is doubted by half, and the upper group where doubts divide the class: shared once,
+        since who answers has learned the class and is less noisy than the opinions above, or shared over and over.
         """
         known = torch.zeros(len(self.near), dtype=torch.float64)
         known[rows] = doubts.double()
-        doubt = shared(known, self.near)[rows]
-        if clarity(doubt) >= DENIED:
-            return halves(doubt)[0]
-        return shared(known, self.near, rounds=self.rounds)[rows] > 0.5
+        once, far = (shared(known, self.near, rounds=rounds)[rows] for rounds in (1, self.rounds))
+        denied = far > 0.5
+        for doubt, enough in ((once, DENIED), (far, DIVIDED)):
+            if clarity(doubt) >= enough:
+                denied |= halves(doubt)[0]
+        return denied
 
 
 def clear_in(opinion: Tensor, neighbors: int) -> float:
