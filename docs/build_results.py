@@ -29,6 +29,11 @@ PARTS = {
     "first-results-series": "## Time series\n\n1-D ResNet-18 of width 16, target class 0 (composite: 2; all_to_all: "
     "each next one). At a rate of 0 nothing is poisoned: these rows show what a trigger does by itself to a model of "
     "clean data, as an adversarial example does. No defense of a training set can undo that.",
+    "attacks-images": "## Attacks on images\n\nNo defense: does the attack bite? 10,000 random training images, the "
+    "full test sets, WideResNet-16-1 (DLP's network), 10 epochs of batches of 64 (about 1,560 steps), no augmentation; "
+    "target class 0 (composite: 2 on CIFAR-10; sig on GTSRB: 2; all_to_all: each next one). The papers train 50,000 "
+    "images for 100 epochs. The adaptive attacks and the low rates are 50 to 150 samples here; what stays under its "
+    "gate counts for nothing.",
     "first-results-cifar10": "## CIFAR-10, small scale\n\n20,000 training images, test set, ResNet-18 of width 16.",
 }
 

@@ -76,8 +76,8 @@ class Company:
     def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
 
-        That is whoever's far company is doubted by half, and the upper group where doubts divide the class: shared once,
-        since who answers has learned the class and is less noisy than the opinions above, or shared over and over.
+        That is whoever's far company is doubted by half, and the upper group where doubts divide the class: shared over
+        and over or, since who answers has learned the class and is less noisy than the opinions above, once.
         """
         known = torch.zeros(len(self.near), dtype=torch.float64)
         known[rows] = doubts.double()
