@@ -25,7 +25,7 @@ FEW = {"main.epochs": 8, "main.min_steps": 0, "main.augment": "none"}
 DEFENSES: dict[str, dict[str, Any]] = {
     "jury": {**FEW, "main.min_steps": 100, "outsider.min_steps": 60},
     "nad": {**PLAIN, "teacher.min_steps": 60, "distillation.min_steps": 100},
-    "harvey": {**FEW, "reference.min_steps": 0, "forgetting.min_steps": 0},
+    "harvey": {**FEW, "reference.min_steps": 120, "forgetting.min_steps": 0},
 }
 
 

@@ -34,7 +34,7 @@ def noisy_images() -> Data:
 
 
 SETS: dict[str, Callable[[], Data]] = {"image": noisy_images, "series": lambda: toy_series(160, classes=4)}
-EPOCHS = {"image": 5, "series": 8}
+EPOCHS = {"image": 5, "series": 4}
 SETTINGS: dict[str, dict[str, object]] = {
     "loss_drop": {"recipe.epochs": 4, "recipe.min_steps": 0, "recipe.batch_size": 16, "weights": "uniform"},
     "trap": {"warm_up.epochs": 6, "warm_up.min_steps": 0, "recipe.epochs": 3, "recipe.min_steps": 0},
