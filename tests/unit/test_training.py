@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -376,3 +378,10 @@ def test_unknown_devices(device: str) -> None:
     else:
         with pytest.raises(InputError, match="unknown device"):
             make_fabric(device)
+
+
+def test_a_precision_is_no_line_on_stderr() -> None:
+    """A failed command says one sentence there, whatever the processor computes in."""
+    words = 'from antibackdoor.training.job import make_fabric; make_fabric("cpu", "bf16-mixed")'
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert done.stderr == done.stdout == ""

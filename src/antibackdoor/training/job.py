@@ -56,9 +56,10 @@ def make_fabric(device: str = "auto", precision: str = "auto", devices: int = 1,
     if devices * nodes > 1:
         strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment())
         several = {"devices": devices, "num_nodes": nodes, "strategy": strategy}
+    # It greets every run, among others with its precision, which a run's settings tell anyway.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=accelerator, precision=precision, **several)  # type: ignore[arg-type]
     if devices * nodes > 1:
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it greets every run
         fabric.launch()
     return fabric
 
