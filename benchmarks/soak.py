@@ -1,6 +1,6 @@
 """Runs a bench grid for a long time while its processes are killed at random, and counts what that did.
 
-    python benchmarks/soak.py experiments/attacks-series.toml --profile first --ledger results --minutes 90 \\
+    python benchmarks/soak.py experiments/attacks-series.toml --ledger results --minutes 90 \\
         --out results/trust/soak.json
 
 Every one to eight minutes a worker or, one time in eight, the bench itself is killed with SIGKILL; the bench is started

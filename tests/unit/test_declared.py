@@ -98,7 +98,7 @@ def test_a_declared_table(grid: Grid) -> None:
         "| --- | --- | --- | --- |\n"
         "| badnets | 3.0 ± 1.4 ×2 [1.5] | 12.0 ± 5.7 ×2 [7.55] | takes |\n"
         "| blend | 30.0 ×1 | not run | attack did not take |\n"
-        "| sig | failed | excluded | no undefended cell; excluded: not here |\n"
+        "| sig | failed | excluded | no undefended cell (e2abl); excluded: not here (no control) |\n"
     )
     assert tables_text(grid, folder, "csv").splitlines()[:3] == [
         "attack,defense,measure,mean,sd,n,wanted,published,difference,status,undefended",

@@ -235,7 +235,7 @@ def _value(record: Record | None, measure: Measure) -> float | None:
 
 
 def _inside(place: Place, where: Mapping[str, Any]) -> bool:
-    return all(place.axes.get(axis) in (ok if isinstance(ok, list) else [ok]) for axis, ok in where.items())
+    return all(place.axes.get(axis, "") in (ok if isinstance(ok, list) else [ok]) for axis, ok in where.items())
 
 
 @cache
@@ -280,15 +280,18 @@ def wide(spec: Mapping[str, Any], figures: list[Figure]) -> pd.DataFrame:
     columns = dict.fromkeys((figure.column, figure.measure) for figure in figures)
     headings = {key: " ".join([*map(str, key[0]), key[1]]) for key in columns}
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
-    gates: dict[tuple[Any, ...], dict[str, None]] = {}
+    gates: dict[tuple[Any, ...], dict[str, dict[str, None]]] = {}
     for figure in figures:
         row = rows.setdefault(figure.row, {**dict(zip(spec["rows"], map(str, figure.row), strict=True)),
                                            **dict.fromkeys(headings.values(), "")})  # fmt: skip
         short, _, reason = figure.text().partition("excluded: ")
         row[headings[figure.column, figure.measure]] = "excluded" if reason else short
-        gates.setdefault(figure.row, {})[f"excluded: {reason}" if reason else figure.gate] = None
+        text = f"excluded: {reason}" if reason else figure.gate
+        gates.setdefault(figure.row, {}).setdefault(text, {})[" ".join(map(str, figure.column))] = None
     for key, row in rows.items():
-        row["undefended"] = "; ".join(text for text in gates[key] if text)  # with the reasons for what is left out
+        told = {text: ", ".join(where) for text, where in gates[key].items() if text}
+        # With the reasons for what is left out; and, where columns differ in it, with their names.
+        row["undefended"] = "; ".join(told if len(told) < 2 else [f"{text} ({where})" for text, where in told.items()])
     return pd.DataFrame(list(rows.values()))
 
 
