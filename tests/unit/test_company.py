@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.defenses.company import DIVIDED, Company, clear_in
+from antibackdoor.defenses.company import DIVIDED, Company, clear_in, strangeness
 from antibackdoor.training.groups import nearest
 from antibackdoor.training.ranking import top
 from toy import toy_images
@@ -57,6 +57,25 @@ def test_a_group_of_faint_bonds_is_odd_where_nearly_all_others_are_bound(count: 
     assert set(CLASS_1[top(found.suspicion[CLASS_1], int(group.sum()))].tolist()) == rows_of(group)
 
 
+def test_poison_on_both_sides_of_what_is_ordinary_is_strange() -> None:
+    """Two groups of a class are poison: one is clearly apart, the other looks a little more innocent than the rest."""
+    odd, faint = first(60), first(100) & ~first(60)
+    features = torch.stack([(~(odd | faint)).float(), odd.float(), faint.float()], 1)
+    features = features + 0.1 * torch.rand(N, 3, generator=torch.Generator().manual_seed(0))
+    near = nearest(features, GIVEN, 20)
+    opinion = noisy(0.3 + 0.5 * odd - 0.1 * faint)
+    found = Company.of((opinion, torch.zeros(N)), GIVEN, near, 4, rounds=10, most=5 / 6)
+    assert found.clear[1][0] > DIVIDED
+    first_of_all = CLASS_1[top(found.suspicion[CLASS_1], 100)]
+    assert rows_of(odd) == set(first_of_all[:60].tolist()) and rows_of(odd | faint) == set(first_of_all.tolist())
+
+
+def test_strangeness_by_hand() -> None:
+    clearest, other = torch.tensor([0.9, 0.8, 0.1, 0.2, 0.2, 0.3]), torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9, 0.4])
+    told = strangeness(torch.stack([clearest, other]), 0, 5 / 6)
+    assert told.tolist() == pytest.approx([2.7, 2.6, 0.1, 0.0, 0.4, 0.1])
+
+
 def test_opinions_that_nothing_connects_agree_in_the_end() -> None:
     found = company_of(torch.zeros(N, dtype=torch.bool), noisy(torch.full((N,), 0.5)))
     assert not found.apart((DIVIDED,)).any() and float(found.clearest.max()) < 0.5
@@ -73,7 +92,7 @@ def test_what_divides_a_class() -> None:
 def test_denied_is_the_clear_group_or_whoever_half_the_company_doubts() -> None:
     """Rows 10 to 19 of a class of 20 keep company with each other, as do 0 to 9."""
     near = torch.tensor([[*range(10)]] * 10 + [[*range(10, 20)]] * 10 + [[20] * 10])
-    told = Company(torch.zeros(21), near, 2, 0.8, (), torch.zeros(21), ())
+    told = Company(torch.zeros(21), near, 2, 0.8, torch.zeros(0, 21), torch.zeros(21), ())
     rows = torch.arange(20)
 
     def denied(first: float, second: float) -> list[int]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import clarity, company, doubted, halves, odd, oddness, shared
+from antibackdoor.training.groups import clarity, company, halves, odd, oddness, shared
+from antibackdoor.training.ranking import within
 
 DIVIDED = 1.0
 """Clarity from which on opinions that were shared over and over divide a class: where nothing keeps groups apart all
@@ -35,15 +36,16 @@ class Company:
     averages out, and in the end only groups differ that no neighbors connect.
 
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: share of a class from which on the
-    upper group is what is ordinary there. opinions: `(n,)` each, shared `rounds` times. suspicion: `(n,)`, percentile
-    within the label of being `odd` in the opinions that divide it. clear: how clearly each opinion divides each class.
+    upper group is what is ordinary there. opinions: `(o, n)`, shared `rounds` times. suspicion: `(n,)`, percentile
+    within the label of `strangeness` in a class that is divided, elsewhere of being `odd` in any opinion. clear: how
+    clearly each opinion divides each class.
     """
 
     given: Tensor
     near: Tensor
     rounds: int
     most: float
-    opinions: Sequence[Tensor]
+    opinions: Tensor
     suspicion: Tensor
     clear: Sequence[Sequence[float]]
 
@@ -52,10 +54,15 @@ class Company:
         cls, opinions: Sequence[Tensor], given: Tensor, near: Tensor, classes: int, *, rounds: int, most: float
     ) -> Company:
         """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
-        shares = [shared(opinion, near, rounds=rounds) for opinion in opinions]
-        suspicion = doubted(shares, [oddness(opinion, given, most) for opinion in shares], given, DIVIDED)
+        shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
         neighbors = near.shape[1] - 1
         clear = [[clear_in(opinion[given == label], neighbors) for opinion in shares] for label in range(classes)]
+        suspicion = torch.stack([oddness(opinion, given, most) for opinion in shares]).amax(0).double()
+        for label, found in enumerate(clear):
+            if max(found) >= DIVIDED:
+                rows = (given == label).nonzero().flatten()
+                suspicion[rows] = strangeness(shares[:, rows], found.index(max(found)), most)
+        suspicion = within(suspicion, given)
         return cls(given, near, rounds, most, shares, suspicion, clear)
 
     @property
@@ -87,6 +94,18 @@ class Company:
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
         return denied
+
+
+def strangeness(opinions: Tensor, clearest: int, most: float) -> Tensor:
+    """How far what is said of each sample of a divided class lies from what is said of most: `(m,)`.
+
+    opinions: `(o, m)` in [0, 1]. The `odd` group of the `clearest` comes first; of the others whoever lies furthest, in
+    any opinion and to either side, from their median: poison of many classes falls into as many groups, and not each of
+    these is odd by itself.
+    """
+    group = odd(opinions[clearest], most)
+    ordinary = opinions[:, ~group].median(1).values
+    return 2 * group + (opinions - ordinary[:, None]).abs().amax(0)
 
 
 def clear_in(opinion: Tensor, neighbors: int) -> float:

@@ -43,11 +43,12 @@ class Jury(Defense):
        sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
        out, and a poisoned sample that looks innocent by itself is found in the company it keeps. Shared over and over
        (`rounds`), an opinion differs in the end only between groups that no neighbors connect: a class that is still
-       divided is divided by more than chance, and its odd group is suspicious, or even set apart (`ease`, `bond`,
-       `division`). Where all agree in the end there is no large group; once shared, the opinions still tell of a few
-       samples. Then those that divide the class firmly count alone, all three if none does; the suspicion is the worst
-       that is said of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too large to be
-       poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
+       divided is divided by more than chance, and its odd group is suspicious, then whoever else lies far from the
+       middle of the class; the group may even be set apart (`ease`, `bond`, `division`). Where all agree in the end
+       there is no large group; once shared, the opinions still tell of a few samples. Then those that divide the class
+       firmly count alone, all three if none does; the suspicion is the worst that is said of a sample. Odd is, as a
+       rule, the upper group; the lower one, if the upper one is too large to be poison (a faint trigger is lost in a
+       mixture, and leaves nothing of what the sample showed).
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
