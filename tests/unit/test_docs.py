@@ -9,9 +9,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import yaml
+from PIL import Image
 from typer.main import get_command
 
 import antibackdoor
+from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.cli import app
 from antibackdoor.threats import references
@@ -27,6 +29,18 @@ def test_pages_and_figures_are_made_from_the_ledger() -> None:
     assert pages["reproduction.md"].count("\n## ") >= 16
     figures = {f"figures/{path.name}" for path in (ROOT / "docs" / "figures").glob("*.svg")}
     assert figures == {name for name in pages if name.endswith(".svg")}
+
+
+def test_every_attack_is_in_the_gallery() -> None:
+    gallery = runpy.run_path(str(ROOT / "docs" / "build_gallery.py"))
+    assert (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8") == gallery["page"]({}), "docs/build_gallery.py"
+    for name in gallery["SERIES"]:
+        drawn = (ROOT / "docs" / "gallery" / f"{name}.svg").read_text(encoding="utf-8")
+        assert all(f">{entry.name}<" in drawn for entry in ATTACKS if "series" in entry.kinds)
+    columns = sum("image" in entry.kinds for entry in ATTACKS)
+    for name in gallery["IMAGES"]:
+        with Image.open(ROOT / "docs" / "gallery" / f"{name}.webp") as sheet:
+            assert sheet.width == gallery["GAP"] + columns * (gallery["SIDE"] + gallery["GAP"])
 
 
 def test_the_page_of_costs_is_made_from_what_was_measured() -> None:
