@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import pytest
 
+from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.cell import Cell, run_cell
 from antibackdoor.bench.engines import Event, Here, Local, Task, make_engine, work
 from antibackdoor.bench.grid import read_grid
@@ -19,6 +20,7 @@ from antibackdoor.bench.plan import Estimates, duration, plan_text
 from antibackdoor.bench.run import LOST, Watcher, run_cells
 from antibackdoor.bench.tables import detection_table, latex, markdown, render, table
 from antibackdoor.errors import InputError
+from antibackdoor.options import values
 
 GRID = """
 [[cells]]
@@ -461,6 +463,15 @@ def test_a_row_is_worth_what_its_attack_does_without_a_defense(undefended: float
     control = record("none", 0, undefended)
     control["cell"]["attack_options"] = {"rate": 0.0}
     assert table([control])["gate"].tolist() == ["nothing poisoned"]
+
+
+def test_a_row_names_what_was_changed_of_its_attack() -> None:
+    changed, usual = record("none", 0, 1.0), record("none", 0, 1.0)
+    changed["cell"] |= {"attack": "latent", "attack_options": {"rate": 0.05, "share": 0.25, "recipe": {"epochs": 3}}}
+    usual["cell"] |= {"attack": "latent", "attack_options": values(ATTACKS["latent"].make())}
+    rows = table([changed, usual])
+    assert sorted(rows["attack"]) == ["latent", "latent recipe.epochs=3 share=0.25"]
+    assert sorted(rows["rate"]) == ["0.05", "0.1"]
 
 
 def test_a_table_as_latex_and_csv() -> None:

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.cell import GATE, GATES
 from antibackdoor.bench.ledger import Record
+from antibackdoor.options import values
 
 Format = Literal["markdown", "csv", "latex"]
 COLUMNS = {
@@ -109,11 +111,11 @@ def _groups(records: list[Record]) -> dict[Key, list[Record]]:
 
 
 def _labels(key: Key, member: Record) -> dict[str, Any]:
-    data, (size, epochs, batch), model, attack, _, variant = key
+    data, (size, epochs, batch), model, _, _, variant = key
     budget = ", ".join(f"{name} {value}" for name, value in (("epochs", epochs), ("batch", batch)) if value)
     row = {"data": data, "training samples": size or "all", "budget": budget or "default", "model": model}
     rate = member["cell"]["attack_options"].get("rate")
-    return {**row, "attack": attack, "rate": "" if rate is None else f"{rate:.3g}", "defense": variant}
+    return {**row, "attack": _attack(member["cell"]), "rate": "" if rate is None else f"{rate:.3g}", "defense": variant}
 
 
 def _values(records: list[Record], measure: str) -> list[float]:
@@ -123,6 +125,26 @@ def _values(records: list[Record], measure: str) -> list[float]:
 
 def _poisoned(record: Record) -> int:
     return int(record["measures"].get("poisoned_samples", {}).get("count", 0))
+
+
+def _attack(cell: Record) -> str:
+    """The attack with the settings that are not its defaults of today, but for the rate, which has a column."""
+    usual = {} if cell["attack"] not in ATTACKS else _flat(values(ATTACKS[cell["attack"]].make()))
+    changed = {k: v for k, v in _flat(cell["attack_options"]).items() if k != "rate" and usual.get(k, v) != v}
+    return " ".join([cell["attack"], *(f"{name}={_short(value)}" for name, value in sorted(changed.items()))])
+
+
+def _flat(settings: Record) -> Record:
+    """Settings of settings with dotted names."""
+    flat: Record = {}
+    for name, value in settings.items():
+        inner = {f"{name}.{k}": v for k, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
+    return flat
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _variant(cell: Record) -> str:
