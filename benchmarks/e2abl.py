@@ -1,13 +1,14 @@
 """What E2ABL costs over plain training of the same backbone: seconds an epoch, side by side in one run, and parameters.
 
-Plain epochs, warm-up epochs (shallow part and second head only, with the passes that rank the samples) and dual epochs
-take turns; the ratio of a whole run follows from each round.
+Plain epochs, warm-up epochs (shallow part and second head only, with the passes that rank the samples), the ranking by
+company between both stages, and dual epochs take turns; the ratio of a whole run follows from each round.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,15 +55,15 @@ def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
         stage("warm-up", tap, trap, method.warm_up, tap.warm_up_parameters()),
         stage("dual", tap, dual, recipe),
     )
-    seconds = take_turns(
-        {fit.stage: (lambda fit=fit: fit.run_epoch(Progress())) for fit in fits},  # type: ignore[misc]
-        args.repeats,
-        fabric.device,
-    )
+    parts: dict[str, Callable[[], object]] = {
+        fit.stage: (lambda fit=fit: fit.run_epoch(Progress()))  # type: ignore[misc]
+        for fit in fits
+    }
+    seconds = take_turns({**parts, "ranking": lambda: trap.company(tap)}, args.repeats, fabric.device)
     warm_up = method.warm_up.epochs
     whole = [
-        warm_up * first + (args.epochs - warm_up) * second
-        for first, second in zip(seconds["warm-up"], seconds["dual"], strict=True)
+        warm_up * first + between + (args.epochs - warm_up) * second
+        for first, between, second in zip(seconds["warm-up"], seconds["ranking"], seconds["dual"], strict=True)
     ]
     plain = [args.epochs * value for value in seconds["plain"]]
     parameters = tap.parameter_counts()
@@ -71,6 +72,7 @@ def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
         "ratios": {
             f"E2ABL over plain, {args.epochs} epochs each, {args.model}": ratio(whole, plain, most=1.10),
             f"a warm-up epoch over a plain one, {args.model}": ratio(seconds["warm-up"], seconds["plain"]),
+            f"the ranking between them over a plain epoch, {args.model}": ratio(seconds["ranking"], seconds["plain"]),
             f"a dual epoch over a plain one, {args.model}": ratio(seconds["dual"], seconds["plain"]),
             f"parameters over plain, {args.model}": ratio([share], [1.0], most=1.1),
         },
