@@ -490,7 +490,7 @@ def test_company_chooses_where_it_divides_a_class_and_elsewhere_the_neighbors(
     data, rng = toy_images(160), torch.Generator().manual_seed(0)
     job, ones = Job(data, model="resnet18-w4", fabric=FABRIC), (data.y == 1).nonzero().flatten()
     group = torch.isin(torch.arange(160), ones[:10]) & torch.tensor(divided)
-    features = torch.nn.functional.one_hot(group.long(), 2).float() + 0.1 * torch.rand(160, 2, generator=rng)
+    features = torch.nn.functional.one_hot(group.long(), 16).float() + 0.1 * torch.rand(160, 16, generator=rng)
     monkeypatch.setattr(Jury, "_trap", lambda *_: ("tap", torch.randperm(160, generator=rng)))
     monkeypatch.setattr(Jury, "_home", lambda *_: (torch.full((160,), 0.95).double(), data.y + 1))
     monkeypatch.setattr(jury, "features_of", lambda *_, **__: features)

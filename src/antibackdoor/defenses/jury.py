@@ -43,12 +43,12 @@ class Jury(Defense):
        sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
        out, and a poisoned sample that looks innocent by itself is found in the company it keeps. Shared over and over
        (`rounds`), an opinion differs in the end only between groups that no neighbors connect: a class that is still
-       divided is divided by more than chance, and its odd group is suspicious, then whoever else lies far from the
-       middle of the class; the group may even be set apart (`ease`, `bond`, `division`). Where all agree in the end
-       there is no large group; once shared, the opinions still tell of a few samples. Then those that divide the class
-       firmly count alone, all three if none does; the suspicion is the worst that is said of a sample. Odd is, as a
-       rule, the upper group; the lower one, if the upper one is too large to be poison (a faint trigger is lost in a
-       mixture, and leaves nothing of what the sample showed).
+       divided is divided by more than chance, and its odd group is suspicious, then, in a class that is clearly
+       divided, whoever else lies far from its middle; the group may even be set apart (`ease`, `bond`, `division`).
+       Where all agree in the end there is no large group; once shared, the opinions still tell of a few samples. Then
+       those that divide the class firmly count alone, all three if none does; the suspicion is the worst that is said
+       of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too large to be poison (a
+       faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -135,7 +135,7 @@ class Jury(Defense):
         company = Company.of(said, given, near, classes, rounds=self.rounds, most=1 - self.trusted)
         early, bond, home = (shared(opinion, near) for opinion in said)
         odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
-        divided = (company.clearest >= DIVIDED)[given]
+        divided = (company.clearest >= DIVIDED / 2)[given]  # a few clean classes are, too: it only sets an order
         suspicion = torch.where(divided, company.suspicion, doubted((early, bond, home), odd, given))
         apart = company.apart((self.ease, self.bond, self.division))
         suspicion = torch.where(apart, 1.0, suspicion)
