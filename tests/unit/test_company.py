@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.defenses.company import DIVIDED, Company, clear_in, strangeness
+from antibackdoor.defenses.company import DIVIDED, Company, clear_in
 from antibackdoor.training.groups import nearest
 from antibackdoor.training.ranking import top
 from toy import toy_images
@@ -66,14 +66,23 @@ def test_poison_on_both_sides_of_what_is_ordinary_is_strange() -> None:
     opinion = noisy(0.3 + 0.5 * odd - 0.1 * faint)
     found = Company.of((opinion, torch.zeros(N)), GIVEN, near, 4, rounds=10, most=5 / 6)
     assert found.clear[1][0] > DIVIDED
-    first_of_all = CLASS_1[top(found.suspicion[CLASS_1], 100)]
+    assert not rows_of(faint) <= set(CLASS_1[top(found.suspicion[CLASS_1], 120)].tolist()), "they are not odd"
+    first_of_all = CLASS_1[top(found.strangeness[CLASS_1], 100)]
     assert rows_of(odd) == set(first_of_all[:60].tolist()) and rows_of(odd | faint) == set(first_of_all.tolist())
 
 
 def test_strangeness_by_hand() -> None:
-    clearest, other = torch.tensor([0.9, 0.8, 0.1, 0.2, 0.2, 0.3]), torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9, 0.4])
-    told = strangeness(torch.stack([clearest, other]), 0, 5 / 6)
-    assert told.tolist() == pytest.approx([2.7, 2.6, 0.1, 0.0, 0.4, 0.1])
+    clearest, other = torch.tensor([0.9, 0.8, 0.1, 0.2, 0.2, 0.35]), torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9, 0.4])
+    suspicion = torch.tensor([0.3, 0.1, 0.9, 0.2, 0.5, 0.4]).double()
+
+    def told(clear: float) -> list[int]:
+        """Rows, the strangest first: distances from (0.2, 0.5), the median of all but the odd rows 0 and 1."""
+        opinions, given = torch.stack([clearest, other]), torch.zeros(6, dtype=torch.long)
+        company = Company(given, torch.empty(6, 0), 1, 5 / 6, opinions, suspicion, [[clear, 0.1]])
+        return top(company.strangeness, 6).tolist()
+
+    assert told(DIVIDED) == [0, 1, 4, 5, 2, 3]
+    assert told(DIVIDED - 0.01) == [2, 4, 5, 0, 3, 1], "no more than suspicion where the class is not divided"
 
 
 def test_opinions_that_nothing_connects_agree_in_the_end() -> None:

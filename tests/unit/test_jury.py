@@ -24,7 +24,7 @@ from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.groups import FIRM
 from antibackdoor.training.job import Job
-from antibackdoor.training.ranking import geometric, within
+from antibackdoor.training.ranking import geometric, top, within
 from antibackdoor.verdict import decide, told_of
 
 
@@ -495,13 +495,26 @@ def test_company_chooses_where_it_divides_a_class_and_elsewhere_the_neighbors(
     monkeypatch.setattr(Jury, "_home", lambda *_: (torch.full((160,), 0.95).double(), data.y + 1))
     monkeypatch.setattr(jury, "features_of", lambda *_, **__: features)
     monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: 0.1 + 0.8 * group.double())
-    monkeypatch.setattr(jury, "doubted", lambda *_: torch.full((160,), -1.0).double())  # what neighbors say
+    neighbors = within(torch.rand(160, generator=rng), data.y)
+    monkeypatch.setattr(jury, "doubted", lambda *_: neighbors)
     said = Jury(neighbors=4).depose(job)
     assert set(said.apart.nonzero().flatten().tolist()) == (set(ones[:10].tolist()) if divided else set())
     assert (said.suspicion[said.apart] == 1).all() and said.clear[1][1] == pytest.approx(12.8 if divided else 0)
-    by_neighbors = (said.suspicion == -1)[data.y != 1].all(), (said.suspicion == -1)[data.y == 1].all()
-    assert [bool(those) for those in by_neighbors] == [True, not divided]
+    assert torch.equal(said.suspicion[data.y != 1], neighbors[data.y != 1])
+    assert torch.equal(said.suspicion[data.y == 1], neighbors[data.y == 1]) == (not divided)
     assert (said.elsewhere == data.y + 1).all()
+
+
+def test_the_worse_of_what_is_said_near_by_and_a_little_further_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(toy_images(8), model="resnet18-w4", fabric=FABRIC)
+    job.data.y[:] = 0
+    once, thrice = torch.tensor([0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.7] + [0.0] * 5)
+    monkeypatch.setattr(Jury, "_trap", lambda *_: ("tap", torch.zeros(8)))
+    monkeypatch.setattr(Jury, "_home", lambda *_: (torch.zeros(8).double(), job.data.y))
+    monkeypatch.setattr(Jury, "_nearby", lambda self, said, given, near, rounds: {1: once, 3: thrice}[rounds].double())
+    monkeypatch.setattr(jury, "features_of", lambda *_, **__: torch.ones(8, 2))
+    monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: torch.zeros(8).double())
+    assert top(Jury().depose(job).suspicion, 8).tolist() == [0, 1, 2, 7, 6, 5, 4, 3]
 
 
 def test_one_sample_of_a_class_is_trusted() -> None:

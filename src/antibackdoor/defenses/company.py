@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import clarity, company, halves, odd, oddness, shared
+from antibackdoor.training.groups import clarity, company, doubted, halves, odd, oddness, shared
 from antibackdoor.training.ranking import within
 
 DIVIDED = 1.0
@@ -37,8 +37,7 @@ class Company:
 
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: share of a class from which on the
     upper group is what is ordinary there. opinions: `(o, n)`, shared `rounds` times. suspicion: `(n,)`, percentile
-    within the label of `strangeness` in a class that is divided, elsewhere of being `odd` in any opinion. clear: how
-    clearly each opinion divides each class.
+    within the label of being `odd` in the opinions that divide it. clear: how clearly each opinion divides each class.
     """
 
     given: Tensor
@@ -55,20 +54,32 @@ class Company:
     ) -> Company:
         """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
         shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
+        suspicion = doubted(list(shares), [oddness(opinion, given, most) for opinion in shares], given, DIVIDED)
         neighbors = near.shape[1] - 1
         clear = [[clear_in(opinion[given == label], neighbors) for opinion in shares] for label in range(classes)]
-        suspicion = torch.stack([oddness(opinion, given, most) for opinion in shares]).amax(0).double()
-        for label, found in enumerate(clear):
-            if max(found) >= DIVIDED:
-                rows = (given == label).nonzero().flatten()
-                suspicion[rows] = strangeness(shares[:, rows], found.index(max(found)), most)
-        suspicion = within(suspicion, given)
         return cls(given, near, rounds, most, shares, suspicion, clear)
 
     @property
     def clearest(self) -> Tensor:
         """`(K,)` float64: how clearly the clearest opinion divides each class."""
         return torch.tensor([max(clear) for clear in self.clear], dtype=torch.float64)
+
+    @property
+    def strangeness(self) -> Tensor:
+        """`(n,)`: the suspicion, but in a divided class how far what is said of a sample lies from what most hear.
+
+        The `odd` group of the clearest opinion comes first; of the others whoever lies furthest, in any opinion and to
+        either side, from their median: poison of many classes falls into as many groups, and not all of these are odd.
+        """
+        strange = self.suspicion.clone()
+        for label, clear in enumerate(self.clear):
+            if max(clear) >= DIVIDED:
+                rows = (self.given == label).nonzero().flatten()
+                heard = self.opinions[:, rows]
+                group = odd(heard[clear.index(max(clear))], self.most)
+                ordinary = heard[:, ~group].median(1, keepdim=True).values
+                strange[rows] = (2 * group + (heard - ordinary).abs().amax(0)).to(strange)
+        return within(strange, self.given)
 
     def apart(self, enough: Sequence[float]) -> Tensor:
         """`(n,)` bool: the odd group of each class that an opinion divides with at least its clarity in `enough`."""
@@ -94,18 +105,6 @@ class Company:
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
         return denied
-
-
-def strangeness(opinions: Tensor, clearest: int, most: float) -> Tensor:
-    """How far what is said of each sample of a divided class lies from what is said of most: `(m,)`.
-
-    opinions: `(o, m)` in [0, 1]. The `odd` group of the `clearest` comes first; of the others whoever lies furthest, in
-    any opinion and to either side, from their median: poison of many classes falls into as many groups, and not each of
-    these is odd by itself.
-    """
-    group = odd(opinions[clearest], most)
-    ordinary = opinions[:, ~group].median(1).values
-    return 2 * group + (opinions - ordinary[:, None]).abs().amax(0)
 
 
 def clear_in(opinion: Tensor, neighbors: int) -> float:

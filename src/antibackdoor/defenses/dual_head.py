@@ -136,7 +136,7 @@ class Dual(Objective):
                 self.scores = self.trap.ranking.scores()
             else:  # class after class, the one that falls into two most clearly first
                 large = torch.bincount(self.given, minlength=len(self.company.clear)) >= FEW
-                self.scores = self.company.suspicion + (self.company.clearest * large)[self.given]
+                self.scores = self.company.strangeness + (self.company.clearest * large)[self.given]
         scores = self.scores
         order = top(scores, self.isolated_count)
         first = order[: self.recovered_count]

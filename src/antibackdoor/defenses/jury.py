@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -24,6 +25,8 @@ from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
 from antibackdoor.training.scores import bonds_of, features_of, logits_of
 
+NEARBY = (1, 3)
+"""How often opinions are shared where there is no large group: once for a few samples, and a little further."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -43,12 +46,11 @@ class Jury(Defense):
        sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
        out, and a poisoned sample that looks innocent by itself is found in the company it keeps. Shared over and over
        (`rounds`), an opinion differs in the end only between groups that no neighbors connect: a class that is still
-       divided is divided by more than chance, and its odd group is suspicious, then, in a class that is clearly
-       divided, whoever else lies far from its middle; the group may even be set apart (`ease`, `bond`, `division`).
-       Where all agree in the end there is no large group; once shared, the opinions still tell of a few samples. Then
-       those that divide the class firmly count alone, all three if none does; the suspicion is the worst that is said
-       of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too large to be poison (a
-       faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
+       divided is divided by more than chance, and its odd group is suspicious, or even set apart (`ease`, `bond`,
+       `division`). Where all agree in the end there is no large group; shared once or a few times, the opinions still
+       tell of a few samples. Then those that divide the class firmly count alone, all three if none does; the suspicion
+       is the worst that is said of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too
+       large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -133,14 +135,19 @@ class Jury(Defense):
         mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
         said = (within(ease, given), mixed, confidence)
         company = Company.of(said, given, near, classes, rounds=self.rounds, most=1 - self.trusted)
-        early, bond, home = (shared(opinion, near) for opinion in said)
-        odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
-        divided = (company.clearest >= DIVIDED / 2)[given]  # a few clean classes are, too: it only sets an order
-        suspicion = torch.where(divided, company.suspicion, doubted((early, bond, home), odd, given))
+        nearby = torch.stack([self._nearby(said, given, near, rounds) for rounds in NEARBY]).amax(0)
+        divided = (company.clearest >= DIVIDED)[given]
+        suspicion = torch.where(divided, company.suspicion, within(nearby, given))
         apart = company.apart((self.ease, self.bond, self.division))
         suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
         return Deposition(tap, suspicion, ease, near, apart, elsewhere, company.clear)
+
+    def _nearby(self, said: Sequence[Tensor], given: Tensor, near: Tensor, rounds: int) -> Tensor:
+        """Suspicion `(n,)` by ease, bond and home as they were shared so often."""
+        early, bond, home = (shared(opinion, near, rounds=rounds) for opinion in said)
+        odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
+        return doubted((early, bond, home), odd, given)
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)

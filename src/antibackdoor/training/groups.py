@@ -79,16 +79,16 @@ FIRM = 1.5
 that shared confidences would have to spread over all of [0, 1] to reach it without two groups."""
 
 
-def doubted(opinions: Sequence[Tensor], oddness: Sequence[Tensor], labels: Tensor) -> Tensor:
+def doubted(opinions: Sequence[Tensor], oddness: Sequence[Tensor], labels: Tensor, firm: float = FIRM) -> Tensor:
     """Percentile `(n,)` within its label of the oddest that is said of a sample.
 
     opinions: `(n,)` each; oddness: of a sample in each of them. Which of them knows something differs from class to
-    class. In a class that some divide with a clarity of `FIRM`, nobody else is asked.
+    class. In a class that some divide with a clarity of `firm`, nobody else is asked.
     """
     worst = torch.zeros(len(labels), dtype=torch.float64)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
-        clear = [own[rows] for opinion, own in zip(opinions, oddness, strict=True) if clarity(opinion[rows]) >= FIRM]
+        clear = [own[rows] for opinion, own in zip(opinions, oddness, strict=True) if clarity(opinion[rows]) >= firm]
         worst[rows] = torch.stack(clear or [own[rows] for own in oddness]).amax(0).double()
     return within(worst, labels)
 
