@@ -15,9 +15,10 @@ from tests.toy import toy_images
 from torch import Tensor
 
 from antibackdoor.data.batches import gather
-from antibackdoor.defenses import hearing, jury
+from antibackdoor.defenses import hearing, judgement, jury
 from antibackdoor.defenses.deposition import Deposition
-from antibackdoor.defenses.hearing import OUT, Hearing
+from antibackdoor.defenses.hearing import Hearing
+from antibackdoor.defenses.judgement import OUT
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.files import load_state, save_state
 from antibackdoor.intervals import lower, upper
@@ -88,6 +89,7 @@ class Court:
         suspicion = torch.where(self.apart, 1.0, (self.place + 0.5) / 10)
         deposition = deposed(suspicion, self.ease, self.apart)
         self.hearing = Hearing(self.options, self.job, self.job.model(), deposition)
+        self.judgement = self.hearing.judgement
 
     def elsewhere(self, mask: Tensor) -> Tensor:
         """The given labels, but for those in the mask other classes in turn."""
@@ -97,8 +99,7 @@ class Court:
         """What the model is made to say of every sample."""
         said = torch.full((40, 4), (1 - confidence) / 3, dtype=torch.float64)
         said[torch.arange(40), answers] = confidence
-        self.hearing._answers = lambda rows: said[rows]  # type: ignore[method-assign]
-        self.hearing._hear(epoch)
+        self.hearing._assign(epoch, self.judgement.hear(said, epoch))
 
 
 def test_only_the_least_suspicious_of_each_class_learn_at_first() -> None:
@@ -132,17 +133,17 @@ def test_views_are_strong_until_all_classes_are_acquitted() -> None:
 def test_views_stay_strong_where_poison_may_have_leaked() -> None:
     court = Court()
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)))
-    assert court.hearing.findings[1]["attacked"] and strong_views(court)
+    assert court.judgement.findings[1]["attacked"] and strong_views(court)
 
 
 def test_views_are_strong_no_longer_than_to_the_hearing_where_all_poison_is_apart() -> None:
     court = Court(apart=[25, 29, 33, 37])
     assert strong_views(court)
     court.hear(court.given)
-    assert court.hearing.findings[1]["attacked"] and not strong_views(court)
+    assert court.judgement.findings[1]["attacked"] and not strong_views(court)
     other = Court(apart=[25, 29, 33, 37])
     other.hear(other.elsewhere((other.given == 2) & (other.place >= 6)))
-    assert [f["attacked"] for f in other.hearing.findings] == [False, True, True, False] and strong_views(other)
+    assert [f["attacked"] for f in other.judgement.findings] == [False, True, True, False] and strong_views(other)
 
 
 def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:
@@ -150,7 +151,7 @@ def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_l
     planted = (court.given == 1) & (court.place >= 6)
     answers = court.elsewhere(planted)
     court.hear(answers)
-    found = court.hearing.findings
+    found = court.judgement.findings
     assert [f["attacked"] for f in found] == [False, True, False, False]
     assert (found[1]["count"], found[1]["n"]) == (4, 5) and found[1]["early"] > 0.5
     assert torch.equal(court.hearing.labels[planted], answers[planted]) and not (answers[planted] == 1).any()
@@ -170,7 +171,7 @@ def test_samples_set_apart_convict_their_class_and_never_learn_as_labeled() -> N
     court = Court(apart=rows[:2])
     assert (court.hearing.labels[court.apart] == OUT).all(), "though they are the least suspicious"
     court.hear(court.given)
-    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+    assert [f["attacked"] for f in court.judgement.findings] == [False, True, False, False]
     assert (court.hearing.labels[court.apart] == OUT).all()
     outcome = court.hearing.outcome(court.job.model())
     assert outcome.flagged[court.apart].all() and decide(court.data, outcome).target_classes == ["class 1"]
@@ -185,39 +186,39 @@ def test_of_a_class_divided_beyond_doubt_just_those_apart_never_learn() -> None:
 
 def test_samples_learned_late_accuse_nobody() -> None:
     court = Court()
-    court.hearing.early = 1 - court.hearing.early
+    court.judgement.early = 1 - court.judgement.early
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
-    assert not any(f["attacked"] for f in court.hearing.findings)
+    assert not any(f["attacked"] for f in court.judgement.findings)
     assert torch.equal(court.hearing.labels, court.given)
     neither = Court()
-    neither.hearing.early[:] = 0.5  # neither in the easier half of the whole set nor in the other
+    neither.judgement.early[:] = 0.5  # neither in the easier half of the whole set nor in the other
     neither.hear(neither.elsewhere((neither.given == 1) & (neither.place >= 5)))
-    assert neither.hearing.findings[1]["early"] == 0.5 and not neither.hearing.findings[1]["attacked"]
+    assert neither.judgement.findings[1]["early"] == 0.5 and not neither.judgement.findings[1]["attacked"]
 
 
 @pytest.mark.parametrize(("few", "attacked"), [(10, True), (11, False)])
 def test_what_was_learned_late_and_stays_to_the_end_is_poison(
     few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hearing, "FEW", few)  # the class has ten
+    monkeypatch.setattr(judgement, "FEW", few)  # the class has ten
     court = Court()
-    court.hearing.early = 1 - court.hearing.early
+    court.judgement.early = 1 - court.judgement.early
     answers = court.elsewhere((court.given == 1) & (court.place >= 5))
-    court.hear(answers, epoch=court.hearing.last - 1)
-    assert not court.hearing.findings[1]["attacked"] and not court.hearing.findings[1]["stayed"]
-    court.hear(answers, epoch=court.hearing.last)
-    found = court.hearing.findings[1]
+    court.hear(answers, epoch=court.judgement.last - 1)
+    assert not court.judgement.findings[1]["attacked"] and not court.judgement.findings[1]["stayed"]
+    court.hear(answers, epoch=court.judgement.last)
+    found = court.judgement.findings[1]
     assert found["attacked"] == found["stayed"] == attacked and found["early"] < 0.5
     verdict = decide(court.data, court.hearing.outcome(court.job.model()))
     assert verdict.target_classes == (["class 1"] if attacked else [])
 
 
 def test_few_that_stay_are_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hearing, "FEW", 10)
+    monkeypatch.setattr(judgement, "FEW", 10)
     court = Court(acquittal=0.5)
-    court.hearing.early = 1 - court.hearing.early
-    court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)), epoch=court.hearing.last)
-    assert not court.hearing.findings[1]["stayed"] and not court.hearing.findings[1]["attacked"]
+    court.judgement.early = 1 - court.judgement.early
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)), epoch=court.judgement.last)
+    assert not court.judgement.findings[1]["stayed"] and not court.judgement.findings[1]["attacked"]
 
 
 @pytest.mark.parametrize(("confidence", "few", "left"), [(0.7, 10, True), (0.55, 10, False), (0.99, 11, False)])
@@ -225,11 +226,11 @@ def test_of_a_class_not_attacked_the_most_suspicious_learn_no_label_that_the_mod
     confidence: float, few: int, left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer of 0.7 leaves 0.1 for each other class, and half of chance is 0.125; one of 0.55 leaves 0.15."""
-    monkeypatch.setattr(hearing, "FEW", few)
+    monkeypatch.setattr(judgement, "FEW", few)
     court = Court(acquittal=1.0)
     denied = (court.given == 1) & (court.place >= 6)  # the most suspicious fifth are 8 and 9
     court.hear(court.elsewhere(denied), confidence)
-    assert not any(f["attacked"] for f in court.hearing.findings)
+    assert not any(f["attacked"] for f in court.judgement.findings)
     out = (court.hearing.labels == OUT).nonzero().flatten().tolist()
     assert out == ((denied & (court.place >= 8)).nonzero().flatten().tolist() if left else [])
     court.hear(court.given, confidence)
@@ -240,14 +241,14 @@ class Neighborhood(Court):
     """40 samples of which the last four of class 1, place 6 to 9, lie together, apart from the others of the class."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, together: int = 6, **given: float):
-        monkeypatch.setattr(hearing, "FEW", 10)
+        monkeypatch.setattr(judgement, "FEW", 10)
         super().__init__(trusted=0.35, acquittal=1.0, **given)
         self.group = (self.given == 1) & (self.place >= together)
         near = torch.full((40, 10), -1)
         for row in range(40):
             mates = (self.given == self.given[row]) & (self.group == self.group[row])
             near[row, : int(mates.sum())] = mates.nonzero().flatten()
-        self.hearing.deposition = replace(self.hearing.deposition, near=near)
+        self.judgement.deposition = replace(self.judgement.deposition, near=near)
 
 
 def test_a_group_that_is_denied_together_convicts_with_those_the_model_agrees_with(
@@ -257,67 +258,67 @@ def test_a_group_that_is_denied_together_convicts_with_those_the_model_agrees_wi
     court = Neighborhood(monkeypatch)
     answers = court.elsewhere(court.group & (court.place < 9))
     court.hear(answers)
-    found = court.hearing.findings[1]
-    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
-    assert (found["together"], found["early"]) == (4, float(court.hearing.early[court.group].median()))
-    assert torch.equal(court.hearing.denied, court.group)
+    found = court.judgement.findings[1]
+    assert [f["attacked"] for f in court.judgement.findings] == [False, True, False, False]
+    assert (found["together"], found["early"]) == (4, float(court.judgement.early[court.group].median()))
+    assert torch.equal(court.judgement.denied, court.group)
     labels = court.hearing.labels
     assert torch.equal(labels[court.group & (court.place < 9)], answers[court.group & (court.place < 9)])
     assert (labels[court.group & (court.place == 9)] == OUT).all(), "it never gets its label back"
     court.hear(court.given)
-    assert (court.hearing.labels[court.group] == OUT).all() and court.hearing.findings[1]["together"] == 4
+    assert (court.hearing.labels[court.group] == OUT).all() and court.judgement.findings[1]["together"] == 4
     assert torch.equal(court.hearing.labels[~court.group], court.given[~court.group])
 
 
 def test_a_trusted_sample_in_denied_company_is_trusted_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     court = Neighborhood(monkeypatch)
     leaked = court.group & (court.place == 6)
-    suspicion = torch.where(leaked, 0.01, court.hearing.deposition.suspicion)
-    court.hearing.deposition = replace(court.hearing.deposition, suspicion=suspicion)
-    court.hearing._choose()
-    assert court.hearing.trusted[leaked].all()
+    suspicion = torch.where(leaked, 0.01, court.judgement.deposition.suspicion)
+    court.judgement.deposition = replace(court.judgement.deposition, suspicion=suspicion)
+    court.judgement.choose()
+    assert court.judgement.trusted[leaked].all()
     court.hear(court.elsewhere(court.group & ~leaked))
-    assert not court.hearing.trusted[leaked].any() and (court.hearing.labels[leaked] == OUT).all()
+    assert not court.judgement.trusted[leaked].any() and (court.hearing.labels[leaked] == OUT).all()
 
 
 def test_a_group_of_more_than_may_be_poison_is_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     for together, attacked in ((4, True), (3, False)):  # six of ten, and seven
         court = Neighborhood(monkeypatch, together)
         court.hear(court.elsewhere(court.group))
-        assert court.hearing.findings[1]["attacked"] == attacked and bool(court.hearing.denied.any()) == attacked
+        assert court.judgement.findings[1]["attacked"] == attacked and bool(court.judgement.denied.any()) == attacked
 
 
 def test_a_group_learned_last_or_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     late = Neighborhood(monkeypatch)
-    late.hearing.early[late.group] = 0.2
+    late.judgement.early[late.group] = 0.2
     late.hear(late.elsewhere(late.group))
     alike = Neighborhood(monkeypatch)
     alike.hear(torch.where(alike.group, 2, alike.given))
     unsure = Neighborhood(monkeypatch)
     unsure.hear(unsure.given, confidence=0.9)
     for court in (late, alike, unsure):
-        assert not any(f["attacked"] or f["together"] for f in court.hearing.findings)
-        assert not court.hearing.denied.any()
+        assert not any(f["attacked"] or f["together"] for f in court.judgement.findings)
+        assert not court.judgement.denied.any()
     later = Neighborhood(monkeypatch)
-    later.hearing.early[later.group] = 0.21
+    later.judgement.early[later.group] = 0.21
     later.hear(later.elsewhere(later.group))
-    assert later.hearing.findings[1]["together"] == 4
+    assert later.judgement.findings[1]["together"] == 4
 
 
 def test_a_class_with_samples_apart_may_lose_others_to_the_company_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     court = Neighborhood(monkeypatch)
     apart = court.group & (court.place == 9)
-    court.hearing.deposition = replace(court.hearing.deposition, apart=apart)
-    court.hearing._choose()
+    court.judgement.deposition = replace(court.judgement.deposition, apart=apart)
+    court.judgement.choose()
     court.hear(court.elsewhere(court.group & (court.place != 8)))
     assert (court.hearing.labels[court.group & (court.place == 8)] == OUT).all()
-    assert torch.equal(court.hearing.excluded & (court.given == 1), court.group)
+    assert torch.equal(court.judgement.excluded & (court.given == 1), court.group)
 
 
 def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
     court = Court()
     court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
-    found = court.hearing.findings[1]
+    found = court.judgement.findings[1]
     assert found["count"] == 5 and found["alike"] == pytest.approx(2 / 3) and not found["attacked"]
     assert torch.equal(court.hearing.labels, court.given)
 
@@ -327,14 +328,16 @@ def test_what_is_alike_enough_to_be_a_rare_kind(limit: float, attacked: bool) ->
     """All five look like class 2, which is 10 of the 30 samples of other classes: 2/3 off the mix, that or more."""
     court = Court(alike=limit)
     court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
-    assert court.hearing.findings[1]["attacked"] == attacked
+    assert court.judgement.findings[1]["attacked"] == attacked
 
 
 def test_what_a_single_sample_is_taken_for_is_one_kind() -> None:
     court = Court()
     court.hear(torch.where((court.given == 1) & (court.place == 5), 2, court.given))
-    assert court.hearing.findings[1]["alike"] == pytest.approx(2 / 3)
-    assert [court.hearing.findings[label]["alike"] for label in (0, 2, 3)] == [0.0] * 3, "nothing was taken for others"
+    assert court.judgement.findings[1]["alike"] == pytest.approx(2 / 3)
+    assert [court.judgement.findings[label]["alike"] for label in (0, 2, 3)] == [0.0] * 3, (
+        "nothing was taken for others"
+    )
 
 
 def test_fewer_than_mistakes_explain_accuse_nobody() -> None:
@@ -342,41 +345,41 @@ def test_fewer_than_mistakes_explain_accuse_nobody() -> None:
     for acquittal, attacked in ((0.43, True), (lower(4, 5), False)):
         court = Court(acquittal=acquittal)
         court.hear(court.elsewhere((court.given == 1) & (court.place >= 6)))
-        assert court.hearing.findings[1]["count"] == 4 and court.hearing.findings[1]["attacked"] == attacked
+        assert court.judgement.findings[1]["count"] == 4 and court.judgement.findings[1]["attacked"] == attacked
 
 
 def test_an_answer_counts_from_the_confidence_that_was_asked_for() -> None:
     court = Court(confidence=0.75)
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)), confidence=0.75)
-    assert court.hearing.findings[1]["count"] == 5 and court.hearing.findings[1]["attacked"]
+    assert court.judgement.findings[1]["count"] == 5 and court.judgement.findings[1]["attacked"]
 
 
 def test_an_unsure_model_accuses_nobody() -> None:
     court = Court()
     court.hear(torch.where(court.given == 1, 2, court.given), confidence=0.6)
-    assert not any(f["attacked"] for f in court.hearing.findings)
+    assert not any(f["attacked"] for f in court.judgement.findings)
 
 
 def test_a_class_once_found_attacked_stays_so() -> None:
     court = Court()
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
     court.hear(court.given)
-    assert court.hearing.findings[1]["attacked"] and court.hearing.findings[1]["count"] == 5
+    assert court.judgement.findings[1]["attacked"] and court.judgement.findings[1]["count"] == 5
 
 
 def test_a_class_once_acquitted_may_be_found_attacked_later() -> None:
     court = Court()
     court.hear(court.given)
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)))
-    assert [f["attacked"] for f in court.hearing.findings] == [False, True, False, False]
+    assert [f["attacked"] for f in court.judgement.findings] == [False, True, False, False]
 
 
 def test_a_class_divided_beforehand_is_heard_too() -> None:
     court = Court(apart=[1, 5])  # the two that are the least suspicious otherwise
-    before = court.hearing.findings[1]
+    before = court.judgement.findings[1]
     assert before["attacked"] and (before["apart"], before["n"]) == (2, 0)
     court.hear(court.elsewhere((court.given == 1) & (court.place >= 8)))
-    assert (court.hearing.findings[1]["count"], court.hearing.findings[1]["n"]) == (2, 7)
+    assert (court.judgement.findings[1]["count"], court.judgement.findings[1]["n"]) == (2, 7)
 
 
 def test_what_a_class_is_known_for_before_it_is_heard() -> None:
@@ -524,7 +527,7 @@ def test_one_sample_of_a_class_is_trusted() -> None:
     job = Job(data, model="resnet18-w4", fabric=FABRIC)
     nobody = torch.zeros(40, dtype=torch.bool)
     deposition = deposed(within(torch.rand(40), data.y), torch.rand(40), nobody)
-    assert Hearing(Jury(), job, job.model(), deposition).trusted[0]
+    assert Hearing(Jury(), job, job.model(), deposition).judgement.trusted[0]
 
 
 def test_an_outsider_learns_from_so_many_samples_of_all_classes_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,10 +566,10 @@ def test_the_averaged_model_is_the_one_that_answers() -> None:
     court = Court()
     court.hearing.average.values["fc.bias"] += torch.tensor([0.0, 0.0, 1e4, 0.0])
     court.hearing._hear(1)
-    found = court.hearing.findings
+    found = court.judgement.findings
     assert torch.equal(court.hearing.witness.fc.bias, court.hearing.average.values["fc.bias"])  # type: ignore[union-attr]
     assert [f["count"] for f in found] == [5, 5, 0, 5], "it takes everything for class 2"
-    assert found[2]["early"] == 0.0 and court.hearing.deposition.finding(2, court.given)["early"] == 0.0
+    assert found[2]["early"] == 0.0 and court.judgement.deposition.finding(2, court.given)["early"] == 0.0
 
 
 def test_scores_are_the_doubt_and_of_those_apart_certain() -> None:
@@ -575,7 +578,7 @@ def test_scores_are_the_doubt_and_of_those_apart_certain() -> None:
     court.hearing.average.values["fc.bias"] += torch.tensor([0.0, 1e4, 0.0, 0.0])
     found = court.hearing.outcome(court.job.model())
     assert found.probability[[25, 29]].tolist() == [1.0, 1.0] and found.probability[1] == 0
-    suspicion = court.hearing.deposition.suspicion
+    suspicion = court.judgement.deposition.suspicion
     torch.testing.assert_close(found.scores, found.probability + 0.01 * suspicion)
     assert set(found.flagged.nonzero().flatten().tolist()) == {25, 29} and (found.suggested == -1).all()
 
@@ -594,13 +597,13 @@ def test_who_is_suspect_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     doubt = torch.where(answers == court.given, 1 / 4, 11 / 12).double()
     doubt[25] = 1.0
     torch.testing.assert_close(found.probability, doubt)
-    torch.testing.assert_close(found.scores, doubt + 0.01 * court.hearing.deposition.suspicion)
+    torch.testing.assert_close(found.scores, doubt + 0.01 * court.judgement.deposition.suspicion)
     assert found.flagged.nonzero().flatten().tolist() == [25, 29, 33], "5 is trusted, and class 2 is not attacked"
     assert {row: int(label) for row, label in enumerate(found.suggested) if label != -1} == {29: 3, 33: 3}
     assert set(found.reasons) == {25, 29, 33} and "set apart" in found.reasons[25]
     assert all("sees another class" in found.reasons[row] for row in (29, 33))
     assert all(reason.startswith("labeled 'class 1', but") for reason in found.reasons.values())
-    assert found.evidence["flagged"] == 3 and found.evidence["by_class"] == court.hearing.findings
+    assert found.evidence["flagged"] == 3 and found.evidence["by_class"] == court.judgement.findings
     assert found.partitions == court.hearing.partitions
 
 
@@ -629,16 +632,18 @@ def test_the_weights_are_averaged_after_every_step() -> None:
 def test_a_hearing_goes_on_from_its_state(tmp_path: Path) -> None:
     one, two = Court(), Court()
     one.hear(one.elsewhere((one.given == 1) & (one.place >= 5) & (one.place < 8)))
-    one.hearing.denied[one.given == 2] = True
-    one.hearing._choose()
+    one.judgement.denied[one.given == 2] = True
+    one.judgement.choose()
     one.hearing.average.values["fc.bias"] += 1
     one.hearing.average.steps = 7
     assert (one.hearing.labels == OUT).any()
     save_state(tmp_path / "state", one.hearing.state())
     two.hearing.load(load_state(tmp_path / "state"))
-    for name in ("labels", "learns", "denied", "trusted", "excluded"):
+    for name in ("labels", "learns"):
         assert torch.equal(getattr(two.hearing, name), getattr(one.hearing, name)), name
-    assert two.hearing.findings == one.hearing.findings and two.hearing.average.steps == 7
+    for name in ("denied", "trusted", "excluded"):
+        assert torch.equal(getattr(two.judgement, name), getattr(one.judgement, name)), name
+    assert two.judgement.findings == one.judgement.findings and two.hearing.average.steps == 7
     for name, value in one.hearing.average.values.items():
         assert torch.equal(two.hearing.average.values[name], value), name
     assert [partition.epoch for partition in two.hearing.partitions] == [0, 1]

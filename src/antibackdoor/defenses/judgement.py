@@ -1,0 +1,146 @@
+"""What `jury` holds against each class, and who of it: from the witnesses, and from what the model answers later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from antibackdoor.defenses.deposition import Deposition
+from antibackdoor.files import Tree
+from antibackdoor.intervals import lower
+from antibackdoor.training.groups import FEW, clarity, halves, shared
+from antibackdoor.training.ranking import within
+
+if TYPE_CHECKING:
+    from antibackdoor.defenses.jury import Jury
+
+OUT = -1
+"""The label of a sample that nothing learns from at present."""
+
+
+class Judgement:
+    """Who is trusted, which classes are attacked, and what label each sample gets; nothing is trained here.
+
+    trusted: `(n,)` bool, whose label is taken as given. denied: those whose label the model denied together. excluded:
+    those of an attacked class who do not get their label back by agreement. findings: one for each class. last: the
+    epoch after which nothing more is learned.
+    """
+
+    def __init__(self, options: Jury, given: Tensor, classes: int, deposition: Deposition, last: int):
+        self.options, self.given, self.deposition, self.last = options, given, deposition, last
+        self.classes = range(classes)
+        self.early = within(deposition.ease, torch.zeros_like(given))
+        self.large = torch.bincount(given, minlength=classes) >= FEW
+        self.denied = torch.zeros_like(deposition.apart)
+        self.findings = [deposition.finding(label, given) for label in self.classes]
+        self.choose()
+
+    def choose(self) -> None:
+        """Whose label is trusted, and who of an attacked class does not get it back by agreement; nobody denied."""
+        suspicion, apart = self.deposition.suspicion, self.deposition.apart
+        self.trusted = suspicion <= self.options.trusted
+        for label in self.given.unique().tolist():  # of a class of one or two samples, the least suspicious one
+            rows = (self.given == label).nonzero().flatten()
+            self.trusted[rows[suspicion[rows].argmin()]] = True
+        self.trusted &= ~self.denied
+        divided = torch.bincount(self.given, weights=apart.double(), minlength=len(self.classes)) > 0
+        most = torch.where(divided[self.given], apart, suspicion > 1 - self.options.excluded)
+        self.excluded = most | self.denied
+
+    def hear(self, probabilities: Tensor, epoch: int) -> Tensor:
+        """Find what the answers say against each class; the label `(n,)` that each sample learns from now on, or `OUT`.
+
+        probabilities: `(n, K)` float64, what the model answers after this epoch.
+        """
+        confidence, answers = probabilities.max(1)
+        own = probabilities.gather(1, self.given[:, None]).squeeze(1)
+        groups = self._denied_together(own, answers)
+        against = (answers != self.given) & (confidence >= self.options.confidence) & ~self.trusted
+        findings = [
+            self._finding(label, ~self.trusted & (self.given == label), answers, against, epoch)
+            for label in self.classes
+        ]
+        # What was found once stays: later the model would only repeat what it was taught since.
+        known = zip(self.findings, findings, groups, strict=True)
+        self.findings = [{**(old if old["attacked"] and old["n"] else new), **group} for old, new, group in known]
+        attacked = self.attacked[self.given]
+        restored = (answers == self.given) & ~self.excluded
+        judged = torch.where(against, answers, torch.where(restored, self.given, OUT))
+        left_out = (own < self.options.impossible / len(self.classes)) & self.excluded & self.large[self.given]
+        heard = torch.where(attacked, judged, torch.where(left_out, OUT, self.given))
+        return torch.where(self.trusted, self.given, heard)
+
+    @property
+    def attacked(self) -> Tensor:
+        """Which classes are, `(K,)` bool."""
+        return torch.tensor([bool(finding["attacked"]) for finding in self.findings])
+
+    @property
+    def settled(self) -> bool:
+        """Whether there was a hearing, and poison is nowhere or was set apart beyond doubt wherever it is.
+
+        Strong augmentation, which keeps leaked triggers from being learned and costs accuracy, is then needed no more.
+        """
+        heard = any(finding["n"] for finding in self.findings)
+        return heard and all(finding["apart"] for finding in self.findings if finding["attacked"])
+
+    def state(self) -> Tree:
+        """The findings that the verdict rests on, and who was denied."""
+        return {"denied": self.denied, "findings": self.findings}
+
+    def load(self, state: Tree) -> None:
+        """Back to them."""
+        self.denied, self.findings = state["denied"], state["findings"]
+        self.choose()
+
+    def _denied_together(self, own: Tensor, answers: Tensor) -> list[dict[str, Any]]:
+        """Find the group in each class whose label the model denies; what is told of it if it is taken for poison.
+
+        own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
+        or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
+        denial is seen in that of many. Odd but clean samples form groups too: late ones, of which all look `alike`.
+        """
+        told: list[dict[str, Any]] = [{} for _ in self.classes]
+        opinions = [shared(1 - own, self.deposition.near, count) for count in (self.options.closest, None)]
+        for label in self.classes:
+            rows = (self.given == label).nonzero().flatten()
+            if len(rows) < FEW or self.findings[label]["together"]:
+                continue
+            opinion = max((opinion[rows] for opinion in opinions), key=clarity)
+            group, clear = rows[halves(opinion)[0]], clarity(opinion)
+            if clear < self.options.denial or len(group) > (1 - self.options.trusted) * len(rows):
+                continue
+            early = float(self.early[group].median())
+            alike = self._alike(label, answers[group][answers[group] != label])
+            if early > self.options.late and alike < self.options.alike:
+                known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
+                told[label] = {**known, "attacked": True}
+                self.denied[group] = True
+        self.choose()
+        return told
+
+    def _finding(self, label: int, asked: Tensor, answers: Tensor, against: Tensor, epoch: int) -> dict[str, Any]:
+        """About one class: how many of those asked are confidently taken for others, and whether that is like poison.
+
+        A clean sample that looks like another class is learned late, and known in the end, unless it is of a kind that
+        none of the trusted are; then all its kind look like the same class, while poison was gathered from all.
+        """
+        n, confident = int(asked.sum()), asked & against
+        count = int(confident.sum())
+        early = float(self.early[confident].median()) if count else 0.0
+        alike = self._alike(label, answers[asked & (answers != label)])
+        many = lower(count, n) > self.options.acquittal
+        found = self.deposition.finding(label, self.given)
+        stayed = many and epoch >= self.last and bool(self.large[label])
+        like_poison = (early > 0.5 or stayed) and alike < self.options.alike
+        heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike}
+        return {**found, **heard, "attacked": found["attacked"] or (many and like_poison)}
+
+    def _alike(self, label: int, answers: Tensor) -> float:
+        """Total variation distance between the classes in `answers`, none of them `label`, and all samples of these."""
+        others = torch.bincount(self.given[self.given != label], minlength=len(self.classes)).double()
+        taken = torch.bincount(answers, minlength=len(self.classes)).double()
+        distance = taken / taken.sum().clamp_min(1) - others / others.sum().clamp_min(1)
+        return float(distance.clamp_min(0).sum())
