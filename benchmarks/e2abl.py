@@ -16,8 +16,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from antibackdoor.data.batches import gather
-from antibackdoor.defenses.dual_head import Dual, Trap
+from antibackdoor.defenses.dual_head import Dual
 from antibackdoor.defenses.e2abl import E2ABL
+from antibackdoor.defenses.trap import Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe

@@ -42,9 +42,12 @@ TARGETS = {
     "training/ranking.py": ["test_ranking.py", "test_jury.py"],
     "training/groups.py": ["test_groups.py", "test_jury.py"],
     "defenses/dual_head.py": ["test_partition.py", "test_training.py"],
+    "defenses/trap.py": ["test_partition.py", "test_training.py"],
     "defenses/suspects.py": ["test_partition.py"],
     "defenses/deposition.py": ["test_jury.py"],
     "defenses/hearing.py": ["test_jury.py"],
+    "defenses/judgement.py": ["test_jury.py"],
+    "defenses/company.py": ["test_company.py", "test_partition.py"],
 }
 """Module: the tests in `tests/unit` that must notice. Metrics, ranking, partition, and which labels are given back."""
 DROPPED = object()

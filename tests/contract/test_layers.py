@@ -48,7 +48,7 @@ BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
 """Rooms of the defender."""
 HELPERS = {
     "attacks": {"base", "generator", "stamp", "surrogate"},
-    "defenses": {"base", "company", "deposition", "dual_head", "hearing", "judgement", "suspects", "witness"},
+    "defenses": {"base", "company", "deposition", "dual_head", "hearing", "judgement", "suspects", "trap", "witness"},
     "detectors": {"base"},
 }
 HEAVY = {"sklearn", "scipy", "torchvision", "timm", "pyarrow", "onnx", "onnxruntime", "ray", "aeon"}

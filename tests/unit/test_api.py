@@ -10,8 +10,8 @@ from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.batches import gather
 from antibackdoor.data.core import Splits
-from antibackdoor.defenses.dual_head import Trap
 from antibackdoor.defenses.e2abl import E2ABL
+from antibackdoor.defenses.trap import Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import LossDrop

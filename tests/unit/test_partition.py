@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from antibackdoor.data.core import Data
-from antibackdoor.defenses import dual_head
-from antibackdoor.defenses.company import Company
-from antibackdoor.defenses.dual_head import Dual, Trap, second_logits
+from antibackdoor.defenses import dual_head, trap
+from antibackdoor.defenses.company import Company, second_logits
+from antibackdoor.defenses.dual_head import Dual
 from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.suspects import suspects_of
+from antibackdoor.defenses.trap import Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.seeds import generator
 from antibackdoor.training.groups import FIRM
@@ -339,8 +340,8 @@ class Looks:
         job = Job(toy_images(20), fabric=FABRIC, seed=7)
         self.trap, self.drawn = Trap(E2ABL(warm_up=warm_up, **options), job), list[Tensor]()
         self.calls = list[object]()
-        monkeypatch.setattr(dual_head, "logits_of", self.plain)
-        monkeypatch.setattr(dual_head, "mixed_logits_of", self.mixed)
+        monkeypatch.setattr(trap, "logits_of", self.plain)
+        monkeypatch.setattr(trap, "mixed_logits_of", self.mixed)
 
     def plain(self, tap: object, data: Data, fabric: object, call: object) -> Tensor:
         self.calls.append(call)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from antibackdoor.data.batches import Batch, gather, shuffled
 from antibackdoor.data.core import Data, Spec
 from antibackdoor.defenses import Partition
-from antibackdoor.defenses.dual_head import Dual, Trap
+from antibackdoor.defenses.dual_head import Dual
 from antibackdoor.defenses.e2abl import E2ABL
+from antibackdoor.defenses.trap import Trap
 from antibackdoor.errors import InputError
 from antibackdoor.files import load_state, save_state
 from antibackdoor.models import create

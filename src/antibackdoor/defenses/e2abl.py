@@ -9,7 +9,8 @@ from pydantic import Field
 
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
-from antibackdoor.defenses.dual_head import Dual, Trap
+from antibackdoor.defenses.dual_head import Dual
+from antibackdoor.defenses.trap import Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
