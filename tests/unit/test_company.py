@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from antibackdoor.defenses.company import DIVIDED, Company, clear_in
-from antibackdoor.training.groups import nearest
+from antibackdoor.training.groups import clarity, nearest, shared
 from antibackdoor.training.ranking import top
 from toy import toy_images
 
@@ -44,7 +44,16 @@ def test_a_group_that_noisy_opinions_hide_stands_out_among_its_like() -> None:
     assert rows_of(found.apart((DIVIDED, DIVIDED))) == rows_of(poison)
     assert set(CLASS_1[top(found.suspicion[CLASS_1], 50)].tolist()) == rows_of(poison)
     assert int(found.clearest.argmax()) == 1 and float(found.clearest[1]) == found.clear[1][1] > DIVIDED
+    assert rows_of(found.apart((DIVIDED, found.clear[1][1]))) == rows_of(poison)
     assert not found.apart((DIVIDED, found.clear[1][1] + 0.01)).any()
+
+
+def test_clarity_is_told_as_if_twenty_had_shared_what_forty_were_asked_for() -> None:
+    """A class of 240 has company of 24, a tenth; the noise that 40 would leave is smaller."""
+    near = nearest(torch.rand(N, 2, generator=torch.Generator().manual_seed(3)), GIVEN, 40)
+    opinion = torch.rand(N, generator=torch.Generator().manual_seed(4)).double()
+    told = Company.of((opinion,), GIVEN, near, 4, rounds=1, most=5 / 6).clear[1][0]
+    assert told == pytest.approx(clarity(shared(opinion, near)[CLASS_1]) * (24 / 40) ** 0.5)
 
 
 @pytest.mark.parametrize(("count", "which"), [(30, True), (50, False)])
@@ -110,8 +119,19 @@ def test_denied_is_the_clear_group_or_whoever_half_the_company_doubts() -> None:
 
     assert denied(0.0, 0.6) == [*range(10, 20)]
     assert denied(0.0, 0.4) == [*range(10, 20)], "clearly apart, though they are not doubted by half"
+    assert denied(0.0, 0.22) == [] and denied(0.0, 0.23) == [*range(10, 20)], "0.23 / SHARP * 0.23 is more than DIVIDED"
     assert denied(0.1, 0.2) == [] and denied(0.7, 0.8) == [*rows.tolist()]
     assert denied(0.45, 0.55) == [*range(10, 20)]
     single = torch.zeros(20)
     single[[3, 12]] = 1.0
     assert told.denied(rows, single).sum() == 0, "each is doubted alone"
+
+
+def test_denied_once_is_enough_where_all_agree_in_the_end() -> None:
+    """Nine of each ten asked are of the own group; shared 50 times, both groups are doubted alike."""
+    near = torch.tensor([[*range(9), 10]] * 10 + [[*range(10, 19), 0]] * 10)
+    told = Company(torch.zeros(20), near, 50, 0.8, torch.zeros(0, 20), torch.zeros(20), ())
+    rows = torch.arange(20)
+    for doubt, found in ((0.43, []), (0.45, [*range(10, 20)])):  # 0.8 of it, squared, over SHARP: 2.37 and 2.59
+        doubts = torch.where(rows < 10, 0.0, doubt)
+        assert told.denied(rows, doubts).nonzero().flatten().tolist() == found
