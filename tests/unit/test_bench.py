@@ -460,6 +460,10 @@ def test_a_row_is_worth_what_its_attack_does_without_a_defense(undefended: float
     assert rows["gate"].tolist() == [gate, gate]
     assert rows["CA"].tolist() == ["55.0 ± 7.1", "50.0"] and rows["ASR"].tolist()[0] == "20.0 ± 14.1"
     assert table([record("e2abl", 0, 0.1)])["gate"].tolist() == ["no undefended cell"]
+    otherwise = record("none", 1, 1 - undefended)
+    otherwise["cell"]["defense_changes"] = {"recipe.augment": "none"}
+    rows = table([record("e2abl", 0, 0.1), record("none", 0, undefended), otherwise])
+    assert rows["gate"].tolist() == [gate, gate, "attack did not take"], "another recipe is another question"
     control = record("none", 0, undefended)
     control["cell"]["attack_options"] = {"rate": 0.0}
     assert table([control])["gate"].tolist() == ["nothing poisoned"]

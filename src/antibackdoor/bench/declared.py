@@ -28,7 +28,7 @@ import pandas as pd
 
 from antibackdoor.bench.grid import NEEDS_GPU, Grid, Place
 from antibackdoor.bench.ledger import Ledger, Record, checked, read_ledger
-from antibackdoor.bench.tables import Format, detection_table, gate, render, table
+from antibackdoor.bench.tables import Format, detection_table, gate, render, table, undefended_as
 from antibackdoor.errors import InputError, unknown
 
 MEASURES: dict[str, dict[str, Any]] = {
@@ -113,8 +113,10 @@ class Results:
 
     def gate(self, place: Place) -> str:
         """Whether the attack of this place's cell takes without a defense, over all seeds there are."""
-        members = [] if _name(place) is None else self._undefended.get(_attacked(place.cell.resolved()), [])
-        return gate(members, place.cell.attack)
+        if _name(place) is None:
+            return gate([], place.cell.attack)
+        cell = place.cell.resolved()
+        return gate(undefended_as(cell, self._undefended.get(_attacked(cell), [])), place.cell.attack)
 
     def missing(self, place: Place, grid: Grid) -> str:
         """Why there is no record of a place."""

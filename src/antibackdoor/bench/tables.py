@@ -38,8 +38,8 @@ def table(records: list[Record]) -> pd.DataFrame:
         for short, long in COLUMNS.items():
             row[short] = _mean(_values(members, long))
         row["n"] = len(members)
-        undefended = [m for k, ms in groups.items() if k[:-1] == key[:-1] for m in ms if m["cell"]["defense"] == "none"]
-        row["gate"] = gate(undefended, key[3])
+        others = [m for k, ms in groups.items() if k[:-1] == key[:-1] for m in ms if m["cell"]["defense"] == "none"]
+        row["gate"] = gate(undefended_as(members[0]["cell"], others), key[3])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -159,6 +159,12 @@ def _mean(values: list[float]) -> str:
         return ""
     mean = f"{100 * statistics.mean(values):.1f}"
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def undefended_as(cell: Record, undefended: list[Record]) -> list[Record]:
+    """Those that were trained as this cell, if it has no defense itself; else as they come, or all if none was."""
+    wanted = (cell.get("defense_changes") or {}) if cell["defense"] == "none" else {}
+    return [m for m in undefended if (m["cell"].get("defense_changes") or {}) == wanted] or undefended
 
 
 def gate(undefended: list[Record], attack: str) -> str:
