@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
 
@@ -73,6 +73,15 @@ def values(instance: Any) -> dict[str, Any]:
     """All fields of an options instance as plain JSON values."""
     plain: dict[str, Any] = TypeAdapter(type(instance)).dump_python(instance, mode="json")
     return plain
+
+
+def flat(tree: Any, prefix: str = "", stop: Any = lambda _: False) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with dotted names; `stop` says which dicts count as leaves."""
+    if isinstance(tree, dict) and tree and not stop(tree):
+        for key, value in tree.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key), stop)
+    else:
+        yield prefix, tree
 
 
 def describe(cls: type[Any], base: Any = None) -> list[dict[str, str]]:

@@ -6,7 +6,8 @@ A `[[table]]` of a grid file:
 - `rows`, `columns`: axes ("data", "model", "attack", "rate", "defense"); a place for every pair that the grid has.
 - `measures`: names of `MEASURES`, or tables with `name`, `path` (into the record), `percent` (true), `metric` and
   `published` (the printed table's metric and parts of its setting).
-- `printed`: files of published figures, beside the grid file. `where`: takes part of the grid only.
+- `printed`: files of published figures, beside the grid file. `where`: takes part of the grid only; ""
+  stands for places that lack an axis.
 - `compare`: { AXIS = LABEL, as = "difference" or "ratio" }: everything but that label is shown relative to it.
 
 A `[[figure]]`: `id`, `title`, `printed` (what the paper showed, in words), `panels` (like measures; a path with `*`

@@ -10,7 +10,7 @@ import pandas as pd
 from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.cell import GATE, GATES
 from antibackdoor.bench.ledger import Record
-from antibackdoor.options import values
+from antibackdoor.options import flat, values
 
 Format = Literal["markdown", "csv", "latex"]
 COLUMNS = {
@@ -129,18 +129,9 @@ def _poisoned(record: Record) -> int:
 
 def _attack(cell: Record) -> str:
     """The attack with the settings that are not its defaults of today, but for the rate, which has a column."""
-    usual = {} if cell["attack"] not in ATTACKS else _flat(values(ATTACKS[cell["attack"]].make()))
-    changed = {k: v for k, v in _flat(cell["attack_options"]).items() if k != "rate" and usual.get(k, v) != v}
+    usual = {} if cell["attack"] not in ATTACKS else dict(flat(values(ATTACKS[cell["attack"]].make())))
+    changed = {k: v for k, v in flat(cell["attack_options"]) if k != "rate" and usual.get(k, v) != v}
     return " ".join([cell["attack"], *(f"{name}={_short(value)}" for name, value in sorted(changed.items()))])
-
-
-def _flat(settings: Record) -> Record:
-    """Settings of settings with dotted names."""
-    flat: Record = {}
-    for name, value in settings.items():
-        inner = {f"{name}.{k}": v for k, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
-        flat.update(inner)
-    return flat
 
 
 def _short(value: Any) -> str:

@@ -71,7 +71,7 @@ class Company:
         The `odd` group of the clearest opinion comes first; of the others whoever lies furthest, in any opinion and to
         either side, from their median: poison of many classes falls into as many groups, and not all of these are odd.
         The least strange are in the middle of their class, the least suspicious as far from the odd as can be: who has
-        other witnesses to find the groups that are not odd had better trust these (measured on ECG5000).
+        other witnesses to find the groups that are not odd had better trust these.
         """
         strange = self.suspicion.clone()
         for label, clear in enumerate(self.clear):

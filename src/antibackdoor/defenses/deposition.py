@@ -22,9 +22,9 @@ class Deposition:
 
     tap: the one that learned everything. suspicion: `(n,)` in [0, 1], percentile within the samples of the same given
     label, 1 for those apart. ease: `(n,)`, how early each label was learned. near: `(n, m)`, each sample's `nearest` in
-    the features of the tap. apart: `(n,)` bool, samples that mixtures or outsiders set apart from their class beyond
-    doubt. elsewhere: `(n,)`, what an outsider is confident to see in place of the label, -1 for nothing. clear: for
-    each class how clearly ease, bond and home divide it.
+    the features of the tap. apart: `(n,)` bool, samples that ease, mixtures or outsiders set apart from their class
+    beyond doubt. elsewhere: `(n,)`, what an outsider is confident to see in place of the label, -1 for nothing. clear:
+    for each class how clearly ease, bond and home divide it.
     """
 
     tap: Tap

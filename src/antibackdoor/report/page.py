@@ -17,11 +17,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[attr-defined]
 
 from antibackdoor.files import write_text
+from antibackdoor.options import flat
 from antibackdoor.report.figures import charts, sketch
 from antibackdoor.report.looks import looks
 from antibackdoor.report.pictures import Picture, picture
 from antibackdoor.report.run import SHOWN, Run, Suspects, read_run
-from antibackdoor.report.words import Measure, flat, measure, measures, name_of, number, percent, plain, surety
+from antibackdoor.report.words import Measure, measure, measures, name_of, number, percent, plain, surety
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from antibackdoor.errors import visible
+from antibackdoor.options import flat
 
 LONGEST = 500
 
@@ -130,15 +130,6 @@ def measures(metrics: dict[str, Any]) -> list[tuple[str, list[Measure]]]:
         if _is_group(inner):
             groups.append((name_of(key), [measure(name, value) for name, value in flat(inner, stop=_is_measure)]))
     return [(name, rows) for name, rows in groups if rows]
-
-
-def flat(tree: Any, prefix: str = "", stop: Any = lambda _: False) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts with dotted names; `stop` says which dicts count as leaves."""
-    if isinstance(tree, dict) and tree and not stop(tree):
-        for key, value in tree.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key), stop)
-    else:
-        yield prefix, tree
 
 
 def _is_measure(value: Any) -> bool:
