@@ -17,10 +17,11 @@ HEAD = """# First results
 
 Made from the ledger by `python docs/build_results.py`; do not edit. Every row follows from `results/*/*.json`, one file
 a cell, with its settings, seed, versions, commit and history; `antibackdoor bench experiments/NAME.toml --out
-results/NAME` runs what is missing. Figures are per cent, mean ± standard deviation over n seeds, last epoch. Excess ASR
-is the attack success rate minus how often the same model answers the target class on the same samples without the
-trigger. Cells were run in float32 or, where the processor has it, in bfloat16; each says in which, and close to a
-method's limits that alone can turn an outcome.
+results/NAME` runs what is missing (the grids of attacks and of the jury on series share
+`results/first-results-series`). Figures are per cent, mean ± standard deviation over n seeds, last epoch. Excess ASR is
+the attack success rate minus how often the same model answers the target class on the same samples without the trigger.
+Cells were run in float32 or, where the processor has it, in bfloat16; each says in which, and close to a method's
+limits that alone can turn an outcome.
 
 What is missing here was not run yet: these are the first cells of a larger plan, at a scale that two processor cores
 carry. One seed says little, and rows with n = 1 say so.
