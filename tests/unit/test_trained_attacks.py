@@ -297,6 +297,26 @@ def test_dynamic_gives_cover_samples_the_trigger_of_another() -> None:
     assert ((crossed >= low - 1e-6) & (crossed <= high + 1e-6)).all()  # between the sample and a pattern in range
 
 
+def test_cover_samples_carry_the_change_of_another() -> None:
+    data = toy_series(12, classes=3, unequal=True)
+    torch.manual_seed(0)
+    attack = Tsba(width=4, target=1, form="shift")
+    extent = torch.full((data.spec.shape[0], 1), 2.0)
+    state, rows = {"extent": extent, **pack("bend", Bend(data.spec, 4))}, torch.tensor([0, 5, 11])
+    assert data.lengths is not None
+    next_rows = attack.partners(data.y, rows, "cover")
+    assert next_rows is not None and next_rows.tolist() == [1, 6, 0]
+    assert attack.partners(data.y, rows, "test") is None
+    x, other = stored(data)[rows], stored(data)[next_rows]
+    change = attack.trigger(other, data.spec, state, next_rows, data.lengths[next_rows]) - other
+    pair = {**state, "partner": other, "partner_lengths": data.lengths[next_rows]}
+    crossed = attack.decoy(x, data.spec, pair, rows, data.lengths[rows])
+    torch.testing.assert_close(crossed - x, change)
+    padding = torch.arange(data.spec.shape[1]) >= data.lengths[next_rows, None]
+    assert change.abs().amax() > 0.01 and not (change * padding[:, None]).any()
+    assert not torch.equal(crossed, attack.trigger(x, data.spec, state, rows, data.lengths[rows]))
+
+
 def test_the_generator_does_not_see_padding_or_neighbors() -> None:
     torch.manual_seed(0)
     network = freeze(Generator(Spec("series", (2, 30), ("a", "b")), 2, 4))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from antibackdoor.attacks.base import ATTACKS, Role, State, channel_statistics
+from antibackdoor.attacks.base import ATTACKS, State, channel_statistics
 from antibackdoor.attacks.generator import Generator
 from antibackdoor.attacks.surrogate import (
-    Trained,
+    OwnTrigger,
     device_of,
     freeze,
     logits,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @ATTACKS.register("dynamic", paper="Nguyen and Tran 2020, Input-aware dynamic backdoor attack")
 @options
-class Dynamic(Trained):
+class Dynamic(OwnTrigger):
     """A trigger of its own for every sample, from a generator that is punished for repeating itself; poisoning version.
 
     `x' = x + m(x) (p(x) - x)`: a mask m in [0, 1], one channel for all, and a pattern p in the value range of each
@@ -44,8 +44,7 @@ class Dynamic(Trained):
     pairs of samples. Then p and a classifier, which starts from the clean surrogate, are trained together: a share of
     every batch carries its own trigger and the target label, an equal share the trigger of ANOTHER sample and its true
     label (cross samples), and p pays for `|x - y| / |p(x) - p(y)|`. The classifier is thrown away.
-    `cover` is the share of cross samples in the poisoned set: without them (default) the victim may come to accept any
-    sample's trigger on any other, which is an easier and more universal backdoor.
+    `cover` is the share of cross samples in the poisoned set.
     Deviations: training starts from a clean classifier and is short; the networks are smaller and without batch norm.
     """
 
@@ -79,12 +78,8 @@ class Dynamic(Trained):
         masks, patterns = self._made(x, spec, state, lengths)
         return x + masks * (patterns - x)
 
-    def partners(self, labels: Tensor, rows: Tensor, role: Role) -> Tensor | None:
-        """Of a cover sample: the next sample, whose trigger it carries."""
-        return (rows + 1) % len(labels) if role == "cover" else None
-
     def decoy(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
-        """Each sample with the trigger of its partner."""
+        """Each sample with mask and pattern of its partner."""
         state = dict(state)
         partner, ends = state.pop("partner"), state.pop("partner_lengths", None)
         masks, patterns = self._made(partner, spec, state, ends)

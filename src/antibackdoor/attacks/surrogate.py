@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from antibackdoor.attacks.base import Fitted, State
+from antibackdoor.attacks.base import Fitted, Role, State
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
 from antibackdoor.models import create
@@ -38,6 +38,26 @@ class Trained(Fitted):
         model = job.model("surrogate")
         job.fit("surrogate", model, objective or CrossEntropy(), self.recipe, rows=sample_rows(job, self.samples))
         return freeze(model), job
+
+
+@options
+class OwnTrigger(Trained):
+    """Base of attacks that give every sample a trigger of its own.
+
+    Cover samples carry the change that the trigger makes to ANOTHER sample, and their true label: `x + (y' - y)`. From
+    them the victim learns that a trigger counts on its own sample only. Without them (default) it may come to accept
+    any sample's trigger on any other, which is an easier and more universal backdoor.
+    """
+
+    def partners(self, labels: Tensor, rows: Tensor, role: Role) -> Tensor | None:
+        """Of a cover sample: the next sample, whose trigger it carries."""
+        return (rows + 1) % len(labels) if role == "cover" else None
+
+    def decoy(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
+        """Each sample with the change that its partner would get."""
+        state = dict(state)
+        partner, ends = state.pop("partner"), state.pop("partner_lengths", None)
+        return x + self.trigger(partner, spec, state, rows, ends) - partner
 
 
 def sample_rows(job: Job, count: int, *, without: int | None = None, only: int | None = None) -> Tensor:

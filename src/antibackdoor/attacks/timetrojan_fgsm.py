@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from antibackdoor.attacks.base import ATTACKS, State, channel_statistics
 from antibackdoor.attacks.surrogate import (
-    Trained,
+    OwnTrigger,
     device_of,
     logits,
     pack_surrogate,
@@ -35,7 +35,7 @@ PAPER = "Ding et al. 2022, Towards backdoor attack on deep learning based time s
 
 @ATTACKS.register("timetrojan_fgsm", paper=PAPER, kinds=("series",))
 @options
-class TimeTrojanFGSM(Trained):
+class TimeTrojanFGSM(OwnTrigger):
     """A few steps of each series, chosen and moved by a surrogate's gradient; data-poisoning version.
 
     With L_k the surrogate's cross entropy for class k and t the target: `a = dL_t/dx` and `b = d(sum_{k != t} L_k)/dx`.

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from antibackdoor.attacks.base import ATTACKS, State, channel_statistics
-from antibackdoor.attacks.surrogate import Trained, device_of, logits, pack, sample_rows, steadily, unpack, untouched
+from antibackdoor.attacks.surrogate import OwnTrigger, device_of, logits, pack, sample_rows, steadily, unpack, untouched
 from antibackdoor.data.batches import Batch
 from antibackdoor.data.core import Data, Spec
 from antibackdoor.models.layers import CONV, Normalize, blank, he_init, start
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @ATTACKS.register("tsba", paper="Jiang et al. 2022, Backdoor attacks on time series: a generative approach",
                   kinds=("series",))  # fmt: skip
 @options
-class Tsba(Trained):
+class Tsba(OwnTrigger):
     """A generator's small change of each series, learned together with a classifier; data-poisoning version of TSBA-B.
 
     G is a fully convolutional network (kernels of 15 and 21, then of 1) that ends in tanh. form "scale":
