@@ -134,14 +134,14 @@ def table_part(grid: Grid, spec: Mapping[str, Any], ledger: Results, explanation
 
 
 def explanation(explanations: list[dict[str, Any]], name: str, row: dict[Any, Any], undefended: str) -> str:
-    """The first explanation that was written for this row; that its attack did not take explains any other."""
-    if undefended not in {"takes", ""}:
-        return undefended
+    """What the undefended model says of the row's attack unless it takes, and the first explanation that fits the row."""
+    texts = [] if undefended in {"takes", ""} else [undefended]
     for entry in explanations:
         wanted = entry.get("where", {})
         if entry["table"] in {name, "*"} and all(row.get(key) == value for key, value in wanted.items()):
-            return str(entry["text"])
-    return ""
+            texts.append(str(entry["text"]))
+            break
+    return "; ".join(texts)
 
 
 def pages() -> dict[str, str]:
