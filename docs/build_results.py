@@ -134,7 +134,7 @@ def table_part(grid: Grid, spec: Mapping[str, Any], ledger: Results, explanation
 
 
 def explanation(explanations: list[dict[str, Any]], name: str, row: dict[Any, Any], undefended: str) -> str:
-    """What the undefended model says of the row's attack unless it takes, and the first explanation that fits the row."""
+    """What the undefended model says of an attack that does not take, and the first explanation that fits the row."""
     texts = [] if undefended in {"takes", ""} else [undefended]
     for entry in explanations:
         wanted = entry.get("where", {})
