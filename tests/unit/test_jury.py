@@ -95,9 +95,11 @@ class Court:
         """The given labels, but for those in the mask other classes in turn."""
         return torch.where(mask, (self.given + 1 + torch.arange(40) % 3) % 4, self.given)
 
-    def hear(self, answers: Tensor, confidence: float = 0.99, epoch: int = 1) -> None:
-        """What the model is made to say of every sample."""
+    def hear(self, answers: Tensor, confidence: float = 0.99, epoch: int = 1, second: int | None = None) -> None:
+        """What the model is made to say of every sample; what is left goes to the class `second`, or to all others."""
         said = torch.full((40, 4), (1 - confidence) / 3, dtype=torch.float64)
+        if second is not None:
+            said[:] = (1 - confidence) * (torch.arange(4) == second)
         said[torch.arange(40), answers] = confidence
         self.hearing._assign(epoch, self.judgement.hear(said, epoch))
 
@@ -301,8 +303,23 @@ def test_a_group_learned_last_or_alike_or_hardly_denied_is_odd_but_clean(monkeyp
         assert not court.judgement.denied.any()
     later = Neighborhood(monkeypatch)
     later.judgement.early[later.group] = 0.21
-    later.hear(later.elsewhere(later.group))
+    later.hear(later.elsewhere(later.group), second=2)
     assert later.judgement.findings[1]["together"] == 4
+
+
+@pytest.mark.parametrize(("early", "second", "attacked"), [(0.5, None, False), (0.5, 2, True), (0.51, None, True)])
+def test_a_group_that_was_not_learned_early_and_is_taken_for_what_its_class_is_taken_for_is_of_its_class(
+    early: float, second: int | None, attacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the group 2, 1 and 1 are taken for others, a sixth off a third each; the rest for all, or for one."""
+    court = Neighborhood(monkeypatch)
+    court.judgement.early[court.group] = early
+    court.hear(court.elsewhere(court.group), second=second)
+    found = court.judgement.findings[1]
+    assert found["attacked"] == attacked and torch.equal(court.judgement.denied, court.group & attacked)
+    if attacked and second is not None:
+        answers = court.elsewhere(court.group)[court.group].bincount(minlength=4).double()
+        assert found["kin"] == pytest.approx((1 / 6) / (1 - float(answers[second]) / 4), abs=0.02)
 
 
 def test_a_class_with_samples_apart_may_lose_others_to_the_company_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +405,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     witnesses = Deposition(
         cast(Tap, None), rest, rest, NEAR, apart, rest, [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3]
     )
-    nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0}
+    nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0, "kin": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -397,8 +414,8 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
         {**nobody, "ease": 7.0, "bond": 0.3, "division": 7.0, "apart": 0, "attacked": False},
     ]
     evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, ease=2.0, bond=3.0, division=4.0))
-    limits = {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "ease": 2.0, "bond": 3.0, "division": 4.0}
-    assert evidence == {"by_class": told, "limits": limits}
+    limits = {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "kin": 0.67}
+    assert evidence == {"by_class": told, "limits": {**limits, "ease": 2.0, "bond": 3.0, "division": 4.0}}
 
 
 def test_firmly_divided_classes_come_first_in_a_ranking_of_all() -> None:
@@ -434,7 +451,8 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
-    limits = {"ease": 3.0, "bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5, "late": 0.2, "alike": 0.5}
+    limits = {"ease": 3.0, "bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5}
+    limits |= {"late": 0.2, "alike": 0.5, "kin": 0.67}
     calm = {
         "ease": 0.0,
         "bond": 0.0,
@@ -447,6 +465,7 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
         "early": 0.9,
         "stayed": False,
         "alike": 0.9,
+        "kin": 0.4,
     }
     few = told_of("x", calm, limits)
     assert (
@@ -463,8 +482,11 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     stayed = told_of("x", calm | {"count": 20, "early": 0.4, "stayed": True, "alike": 0.2}, limits)
     assert "late, and are not what they are labeled in the end either" in stayed[1] and "40%" in stayed[1]
     group = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.3, "alike": 0.2}, limits)
-    assert len(group) == 3 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
+    assert len(group) == 4 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
     assert "30%" in group[1] and "20% or less is last" in group[1] and "many classes" in group[2]
+    assert "nearer to that mix than to what the rest of 'x' is taken for (0.40 of that distance; 0.67" in group[3]
+    early = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.6, "alike": 0.2}, limits)
+    assert len(early) == 3
     bound = told_of("x", calm | {"ease": 3.0, "bond": 1.2, "division": 3.0, "apart": 7}, limits)
     assert len(bound) == 4 and all("(7 are set apart)" in sentence for sentence in bound[:3])
     assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3

@@ -56,7 +56,7 @@ class Judgement:
         """
         confidence, answers = probabilities.max(1)
         own = probabilities.gather(1, self.given[:, None]).squeeze(1)
-        groups = self._denied_together(own, answers)
+        groups = self._denied_together(own, answers, probabilities)
         against = (answers != self.given) & (confidence >= self.options.confidence) & ~self.trusted
         findings = [
             self._finding(label, ~self.trusted & (self.given == label), answers, against, epoch)
@@ -95,12 +95,13 @@ class Judgement:
         self.denied, self.findings = state["denied"], state["findings"]
         self.choose()
 
-    def _denied_together(self, own: Tensor, answers: Tensor) -> list[dict[str, Any]]:
+    def _denied_together(self, own: Tensor, answers: Tensor, probabilities: Tensor) -> list[dict[str, Any]]:
         """Find the group in each class whose label the model denies; what is told of it if it is taken for poison.
 
         own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
-        denial is seen in that of many. Odd but clean samples form groups too: late ones, of which all look `alike`.
+        denial is seen in that of many. Odd but clean samples form groups too: late ones, of which all look `alike`, or
+        not so late ones, which are taken for what the rest of their class is taken for.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         opinions = [shared(1 - own, self.deposition.near, count) for count in (self.options.closest, None)]
@@ -109,13 +110,16 @@ class Judgement:
             if len(rows) < FEW or self.findings[label]["together"]:
                 continue
             opinion = max((opinion[rows] for opinion in opinions), key=clarity)
-            group, clear = rows[halves(opinion)[0]], clarity(opinion)
+            inside, clear = halves(opinion)[0], clarity(opinion)
+            group, rest = rows[inside], rows[~inside]
             if clear < self.options.denial or len(group) > (1 - self.options.trusted) * len(rows):
                 continue
             early = float(self.early[group].median())
             alike = self._alike(label, answers[group][answers[group] != label])
-            if early > self.options.late and alike < self.options.alike:
-                known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
+            kin = self._kin(label, probabilities[group], probabilities[rest])
+            strange = early > 0.5 or (early > self.options.late and kin < self.options.kin)
+            if strange and alike < self.options.alike:
+                known = {"denial": clear, "together": len(group), "early": early, "alike": alike, "kin": kin}
                 told[label] = {**known, "attacked": True}
                 self.denied[group] = True
         self.choose()
@@ -139,8 +143,24 @@ class Judgement:
         return {**found, **heard, "attacked": found["attacked"] or (many and like_poison)}
 
     def _alike(self, label: int, answers: Tensor) -> float:
-        """Total variation distance between the classes in `answers`, none of them `label`, and all samples of these."""
-        others = torch.bincount(self.given[self.given != label], minlength=len(self.classes)).double()
-        taken = torch.bincount(answers, minlength=len(self.classes)).double()
-        distance = taken / taken.sum().clamp_min(1) - others / others.sum().clamp_min(1)
-        return float(distance.clamp_min(0).sum())
+        """How far the classes in `answers`, none of them `label`, are off those of all samples that are not of it."""
+        return _distance(torch.bincount(answers, minlength=len(self.classes)), self._others(label))
+
+    def _kin(self, label: int, group: Tensor, rest: Tensor) -> float:
+        """How far off the others a group is taken for, over how far off what the rest of its class is taken for.
+
+        group, rest: probabilities `(m, K)`. Poison was gathered from everywhere; a clean group is of its class,
+        whatever kind it is, and is taken for what its class is taken for.
+        """
+        taken, own = (part.sum(0).index_fill(0, torch.tensor([label]), 0) for part in (group, rest))
+        return _distance(taken, self._others(label)) / max(_distance(taken, own), 1e-9)
+
+    def _others(self, label: int) -> Tensor:
+        """How many samples each other class has, `(K,)`."""
+        return torch.bincount(self.given[self.given != label], minlength=len(self.classes))
+
+
+def _distance(counts: Tensor, others: Tensor) -> float:
+    """Total variation distance between two distributions, in [0, 1], given as weights `(K,)`."""
+    shares = [weights.double() / weights.sum().clamp_min(1e-12) for weights in (counts, others)]
+    return float((shares[0] - shares[1]).clamp_min(0).sum())

@@ -59,7 +59,8 @@ class Jury(Defense):
        shared by neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by
        mistake, are found in their company. Odd but clean samples of a kind that is not among the trusted are denied
        together, too; but these are `late`, the last of all to be learned, or `alike`, all taken for one class, where
-       poison comes from everywhere. Single samples count where groups are too small to be seen: if the model
+       poison comes from everywhere, or not learned in the easier half of the set and `kin`, taken rather for what the
+       rest of their class is taken for. Single samples count where groups are too small to be seen: if the model
        confidently takes more than `acquittal` of a class for others (lower end of the Wilson interval), not alike, and
        these were learned in the easier half of the whole set, or are still there in the end.
        Samples of an attacked class learn as what the model confidently takes them for; those it agrees with get their
@@ -104,6 +105,9 @@ class Jury(Defense):
     alike: Annotated[
         Share, Field(description="total variation distance of what they are taken for from all other classes")
     ] = 0.5
+    kin: Annotated[
+        float, Field(ge=0, description="that distance over the one from what the rest of the class is taken for")
+    ] = 0.67
     ease: Annotated[
         float, Field(ge=0, description="`clarity` beyond doubt of a division by when they were learned")
     ] = 3.0
