@@ -16,6 +16,7 @@ from antibackdoor.bench.judge import (
     share,
     stage_measures,
     trace_of,
+    verdict_measures,
 )
 from antibackdoor.data.core import Data, Spec, Truth
 from antibackdoor.defenses import Outcome, Partition
@@ -23,6 +24,7 @@ from antibackdoor.defenses.company import second_logits
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.scores import logits_of
+from antibackdoor.verdict import Verdict
 from tiny import FABRIC
 from toy import toy_images
 
@@ -129,6 +131,18 @@ def test_detection_measures_by_hand() -> None:
     assert got["average_precision"]["value"] == pytest.approx((1 + 2 / 3) / 2)
     first = detection_measures(outcome([True, False, False, False, False]), TRUTH)
     assert first["suggested_labels_true"] == {"value": 1.0, "count": 1, "n": 1}
+
+
+def test_a_verdict_is_right_if_it_names_the_classes_that_poison_leads_to_and_no_other() -> None:
+    right = verdict_measures(Verdict(True, 0.8, ["a"], 0.6), TRUTH, "abc")
+    assert right["poisoned"]["value"] == right["right"]["value"] == 1 and right["confidence"]["value"] == 0.8
+    assert right["rate_ratio"] == {"value": pytest.approx(0.6 / 0.4), "n": 5}
+    for wrong in (["b"], ["a", "b"], []):
+        assert verdict_measures(Verdict(bool(wrong), 0.5, wrong), TRUTH, "abc")["right"]["value"] == 0
+    nothing = Truth(POISONED & False, POISONED & False, TRUTH.labels, torch.full((5,), -1))
+    calm, alarmed = (verdict_measures(Verdict(bool(named), 0.5, named), nothing, "abc") for named in ([], ["a"]))
+    assert (calm["poisoned"]["value"], calm["right"]["value"]) == (0, 1) and "rate_ratio" not in calm
+    assert (alarmed["poisoned"]["value"], alarmed["right"]["value"]) == (1, 0)
 
 
 def test_of_the_most_suspicious_percent_the_poisoned_share() -> None:

@@ -22,6 +22,7 @@ from antibackdoor.bench.judge import (
     selection_measures,
     stage_measures,
     trace_of,
+    verdict_measures,
 )
 from antibackdoor.bench.ledger import digest
 from antibackdoor.bench.machine import peak_memory, reset_peak_memory
@@ -37,6 +38,7 @@ from antibackdoor.seeds import generator
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Progress
 from antibackdoor.training.scores import logits_of
+from antibackdoor.verdict import decide
 
 GATES = {"composite": 0.85, "timetrojan_fgsm": 0.70}
 CLEAN_SHARE = 0.05
@@ -192,6 +194,7 @@ def run_cell(
     measures["poisoned_samples"] = {"count": int(truth.poisoned.sum()), "n": len(data)}
     if outcome.flagged.any() or outcome.scores.any():
         measures["detection"] = detection_measures(outcome, truth)
+        measures["verdict"] = verdict_measures(decide(data, outcome), truth, data.spec.classes)
         measures["partitions"] = [partition_measures(p, outcome.scores, truth) for p in outcome.partitions]
     if cell.detectors:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from antibackdoor.training.job import Watch
 from antibackdoor.training.objectives import forward
 from antibackdoor.training.ranking import top
 from antibackdoor.training.scores import logits_of
+from antibackdoor.verdict import Verdict
 
 Measure = dict[str, Any]
 
@@ -111,6 +112,25 @@ def detection_measures(outcome: Outcome, truth: Truth) -> dict[str, Any]:
             "n": len(scores),
         }
     measures["flagged_of_clean"] = share(flagged[~poison])
+    return measures
+
+
+def verdict_measures(verdict: Verdict, truth: Truth, classes: Sequence[str]) -> dict[str, Any]:
+    """How a verdict stands against the truth.
+
+    poisoned: 1 if it says so. right: 1 if it names exactly the classes that poisoned samples lead to, none on clean
+    data. rate_ratio: the estimated poison rate over the true one.
+    """
+    targets = {classes[k] for k in truth.targets[truth.poisoned].unique().tolist()}
+    measures: dict[str, Any] = {
+        "poisoned": {"value": float(verdict.poisoned), "n": 1},
+        "right": {"value": float(set(verdict.target_classes) == targets), "n": 1},
+        "confidence": {"value": verdict.confidence, "n": 1},
+        "estimated_rate": {"value": verdict.estimated_rate, "n": len(truth.poisoned)},
+    }
+    if truth.poisoned.any():
+        rate = float(truth.poisoned.double().mean())
+        measures["rate_ratio"] = {"value": verdict.estimated_rate / rate, "n": len(truth.poisoned)}
     return measures
 
 
