@@ -56,7 +56,7 @@ class Judgement:
         """
         confidence, answers = probabilities.max(1)
         own = probabilities.gather(1, self.given[:, None]).squeeze(1)
-        groups = self._denied_together(own, answers, probabilities)
+        groups = self._denied_together(own, probabilities)
         against = (answers != self.given) & (confidence >= self.options.confidence) & ~self.trusted
         findings = [
             self._finding(label, ~self.trusted & (self.given == label), answers, against, epoch)
@@ -95,7 +95,7 @@ class Judgement:
         self.denied, self.findings = state["denied"], state["findings"]
         self.choose()
 
-    def _denied_together(self, own: Tensor, answers: Tensor, probabilities: Tensor) -> list[dict[str, Any]]:
+    def _denied_together(self, own: Tensor, probabilities: Tensor) -> list[dict[str, Any]]:
         """Find the group in each class whose label the model denies; what is told of it if it is taken for poison.
 
         own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
@@ -104,6 +104,7 @@ class Judgement:
         not so late ones, which are taken for what the rest of their class is taken for.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
+        answers = probabilities.argmax(1)
         opinions = [shared(1 - own, self.deposition.near, count) for count in (self.options.closest, None)]
         for label in self.classes:
             rows = (self.given == label).nonzero().flatten()
