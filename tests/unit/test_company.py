@@ -60,10 +60,23 @@ def test_clarity_is_told_as_if_twenty_had_shared_what_forty_were_asked_for() -> 
 def test_a_group_of_faint_bonds_is_odd_where_nearly_all_others_are_bound(count: int, which: bool) -> None:
     """More than five sixths of a class are not poison: what is said of them is ordinary there. 190 of 240 are less."""
     poison = first(count)
-    found = company_of(poison, torch.where(poison, 0.1, 0.9) * (GIVEN == 1))
+    found = company_of(poison, torch.where(poison, 0.1, 0.8) * (GIVEN == 1))
     group = poison if which else (GIVEN == 1) & ~poison
     assert rows_of(found.apart((DIVIDED,))) == rows_of(group)
     assert set(CLASS_1[top(found.suspicion[CLASS_1], int(group.sum()))].tolist()) == rows_of(group)
+
+
+def test_where_an_opinion_is_sure_of_most_of_a_class_no_upper_group_is_ordinary() -> None:
+    """210 of 240 were learned early and are bound to the label whatever they are averaged with: the 30 are clean."""
+    clean = first(30)
+    poison = (GIVEN == 1) & ~clean
+    ease, bond = torch.where(clean, 0.2, 0.7), torch.where(clean, 0.1, 0.95)
+    found = company_of(clean, ease * (GIVEN == 1), bond * (GIVEN == 1))
+    assert rows_of(found.apart((DIVIDED, DIVIDED))) == rows_of(poison)
+    assert set(CLASS_1[top(found.suspicion[CLASS_1], 210)].tolist()) == rows_of(poison)
+    assert list(found.most) == [5 / 6, 1.0, 5 / 6, 5 / 6]
+    unsure = company_of(clean, ease * (GIVEN == 1), bond.clamp(max=0.8) * (GIVEN == 1))
+    assert rows_of(unsure.apart((DIVIDED, DIVIDED))) == rows_of(clean) and set(unsure.most) == {5 / 6}
 
 
 def test_poison_on_both_sides_of_what_is_ordinary_is_strange() -> None:
@@ -87,7 +100,7 @@ def test_strangeness_by_hand() -> None:
     def told(clear: float) -> list[int]:
         """Rows, the strangest first: distances from (0.2, 0.5), the median of all but the odd rows 0 and 1."""
         opinions, given = torch.stack([clearest, other]), torch.zeros(6, dtype=torch.long)
-        company = Company(given, torch.empty(6, 0), 1, 5 / 6, opinions, suspicion, [[clear, 0.1]])
+        company = Company(given, torch.empty(6, 0), 1, [5 / 6], opinions, suspicion, [[clear, 0.1]])
         return top(company.strangeness, 6).tolist()
 
     assert told(DIVIDED) == [0, 1, 4, 5, 2, 3]
@@ -110,7 +123,7 @@ def test_what_divides_a_class() -> None:
 def test_denied_is_the_clear_group_or_whoever_half_the_company_doubts() -> None:
     """Rows 10 to 19 of a class of 20 keep company with each other, as do 0 to 9."""
     near = torch.tensor([[*range(10)]] * 10 + [[*range(10, 20)]] * 10 + [[20] * 10])
-    told = Company(torch.zeros(21), near, 2, 0.8, torch.zeros(0, 21), torch.zeros(21), ())
+    told = Company(torch.zeros(21), near, 2, [0.8], torch.zeros(0, 21), torch.zeros(21), ())
     rows = torch.arange(20)
 
     def denied(first: float, second: float) -> list[int]:
@@ -130,7 +143,7 @@ def test_denied_is_the_clear_group_or_whoever_half_the_company_doubts() -> None:
 def test_denied_once_is_enough_where_all_agree_in_the_end() -> None:
     """Nine of each ten asked are of the own group; shared 50 times, both groups are doubted alike."""
     near = torch.tensor([[*range(9), 10]] * 10 + [[*range(10, 19), 0]] * 10)
-    told = Company(torch.zeros(20), near, 50, 0.8, torch.zeros(0, 20), torch.zeros(20), ())
+    told = Company(torch.zeros(20), near, 50, [0.8], torch.zeros(0, 20), torch.zeros(20), ())
     rows = torch.arange(20)
     for doubt, found in ((0.43, []), (0.45, [*range(10, 20)])):  # 0.8 of it, squared, over SHARP: 2.37 and 2.59
         doubts = torch.where(rows < 10, 0.0, doubt)

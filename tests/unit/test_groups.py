@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, nearest, oddness, shared
+from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, nearest, oddness, shared, sure
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -82,21 +82,36 @@ ONE = torch.zeros(5, dtype=torch.int64)
 
 
 def test_the_upper_end_is_odd() -> None:
-    assert oddness(torch.tensor([0.2, 0.9, 0.1, 0.8, 0.15]), ONE, 0.65).tolist() == pytest.approx(
+    assert oddness(torch.tensor([0.2, 0.9, 0.1, 0.8, 0.15]), ONE, [0.65]).tolist() == pytest.approx(
         [0.5, 0.9, 0.1, 0.7, 0.3]
     )
 
 
 @pytest.mark.parametrize(("most", "turned"), [(0.79, True), (0.8, False)])
 def test_an_upper_group_that_is_most_of_the_class_is_what_is_ordinary(most: float, turned: bool) -> None:
-    odd = oddness(torch.tensor([0.9, 0.91, 0.1, 0.92, 0.93]), ONE, most)
-    assert odd.tolist() == pytest.approx([0.7, 0.5, 0.9, 0.3, 0.1] if turned else [0.3, 0.5, 0.1, 0.7, 0.9])
+    got = oddness(torch.tensor([0.8, 0.81, 0.1, 0.82, 0.83]), ONE, [most])
+    assert got.tolist() == pytest.approx([0.7, 0.5, 0.9, 0.3, 0.1] if turned else [0.3, 0.5, 0.1, 0.7, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.9] * 16 + [0.49] * 4, True),
+        ([0.9] * 15 + [0.49] * 4, False),  # too few
+        ([0.89] * 16 + [0.49] * 4, False),
+        ([0.9] * 16 + [0.5] * 4, False),
+        ([0.9] * 20, False),
+        ([], False),
+    ],
+)
+def test_who_is_sure_of_a_group_and_not_of_the_others(values: list[float], expected: bool) -> None:
+    assert sure(torch.tensor(values, dtype=torch.float64)) == expected
 
 
 def test_what_is_odd_is_so_within_its_class() -> None:
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 2])
-    opinions = torch.tensor([0.1, 0.1, 0.2, 0.9, 0.9, 0.95, 0.5])
-    assert oddness(opinions, labels, 0.65).tolist() == pytest.approx([1 / 6, 5 / 6, 0.5, 0.5, 5 / 6, 1 / 6, 0.5])
+    opinions = torch.tensor([0.1, 0.1, 0.2, 0.8, 0.9, 0.85, 0.5])
+    assert oddness(opinions, labels, [0.65] * 3).tolist() == pytest.approx([1 / 6, 5 / 6, 0.5, 0.5, 5 / 6, 1 / 6, 0.5])
 
 
 def test_where_nobody_is_firm_the_worst_that_is_said_counts() -> None:
@@ -124,7 +139,7 @@ def test_each_class_asks_its_own() -> None:
 @pytest.mark.parametrize("n", [1, 2])
 def test_of_a_class_of_few_something_is_said(n: int) -> None:
     labels = torch.zeros(n, dtype=torch.int64)
-    odd = oddness(torch.ones(n), labels, 0.65)
+    odd = oddness(torch.ones(n), labels, [0.65] * 3)
     assert odd.tolist() == doubted([torch.ones(n)], [odd], labels).tolist() == [(k + 0.5) / n for k in range(n)]
 
 

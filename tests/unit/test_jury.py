@@ -536,7 +536,7 @@ def test_the_worse_of_what_is_said_near_by_and_a_little_further_counts(monkeypat
     once, thrice = torch.tensor([0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.7] + [0.0] * 5)
     monkeypatch.setattr(Jury, "_trap", lambda *_: ("tap", torch.zeros(8)))
     monkeypatch.setattr(Jury, "_home", lambda *_: (torch.zeros(8).double(), job.data.y))
-    monkeypatch.setattr(Jury, "_nearby", lambda self, said, given, near, rounds: {1: once, 3: thrice}[rounds].double())
+    monkeypatch.setattr(Jury, "_nearby", lambda self, said, company, rounds: {1: once, 3: thrice}[rounds].double())
     monkeypatch.setattr(jury, "features_of", lambda *_, **__: torch.ones(8, 2))
     monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: torch.zeros(8).double())
     assert top(Jury().depose(job).suspicion, 8).tolist() == [0, 1, 2, 7, 6, 5, 4, 3]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import clarity, company, doubted, halves, odd, oddness, shared
+from antibackdoor.training.groups import clarity, company, doubted, halves, odd, oddness, shared, sure
 from antibackdoor.training.ranking import within
 
 DIVIDED = 1.0
@@ -35,15 +35,17 @@ class Company:
     A trigger puts its samples next to each other in the features of whoever learned it. What is noise in single samples
     averages out, and in the end only groups differ that no neighbors connect.
 
-    given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: share of a class from which on the
-    upper group is what is ordinary there. opinions: `(o, n)`, shared `rounds` times. suspicion: `(n,)`, percentile
-    within the label of being `odd` in the opinions that divide it. clear: how clearly each opinion divides each class.
+    given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
+    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of the upper group: then most of
+    the class may be poison, and no opinion's upper group is ordinary. opinions: `(o, n)`, shared `rounds` times.
+    suspicion: `(n,)`, percentile within the label of being `odd` in the opinions that divide it. clear: how clearly
+    each opinion divides each class.
     """
 
     given: Tensor
     near: Tensor
     rounds: int
-    most: float
+    most: Sequence[float]
     opinions: Tensor
     suspicion: Tensor
     clear: Sequence[Sequence[float]]
@@ -54,10 +56,11 @@ class Company:
     ) -> Company:
         """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
         shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
-        suspicion = doubted(list(shares), [oddness(opinion, given, most) for opinion in shares], given, DIVIDED)
-        neighbors = near.shape[1] - 1
-        clear = [[clear_in(opinion[given == label], neighbors) for opinion in shares] for label in range(classes)]
-        return cls(given, near, rounds, most, shares, suspicion, clear)
+        heard = [shares[:, given == label] for label in range(classes)]
+        limits = [1.0 if any(sure(opinion) for opinion in part) else most for part in heard]
+        suspicion = doubted(list(shares), [oddness(opinion, given, limits) for opinion in shares], given, DIVIDED)
+        clear = [[clear_in(opinion, near.shape[1] - 1) for opinion in part] for part in heard]
+        return cls(given, near, rounds, limits, shares, suspicion, clear)
 
     @property
     def clearest(self) -> Tensor:
@@ -78,7 +81,7 @@ class Company:
             if max(clear) >= DIVIDED:
                 rows = (self.given == label).nonzero().flatten()
                 heard = self.opinions[:, rows]
-                group = odd(heard[clear.index(max(clear))], self.most)
+                group = odd(heard[clear.index(max(clear))], self.most[label])
                 ordinary = heard[:, ~group].median(1, keepdim=True).values
                 strange[rows] = (2 * group + (heard - ordinary).abs().amax(0)).to(strange)
         return within(strange, self.given)
@@ -90,7 +93,7 @@ class Company:
             rows = (self.given == label).nonzero().flatten()
             for opinion, found, least in zip(self.opinions, clear, enough, strict=True):
                 if found >= least:
-                    group[rows] |= odd(opinion[rows], self.most)
+                    group[rows] |= odd(opinion[rows], self.most[label])
         return group
 
     def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class Jury(Defense):
        `division`). Where all agree in the end there is no large group; shared once or a few times, the opinions still
        tell of a few samples. Then those that divide the class firmly count alone, all three if none does; the suspicion
        is the worst that is said of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too
-       large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed).
+       large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed). But
+       where nearly all mixtures of the upper group keep the label and few of the lower one's do, most of the class is
+       poison: nothing that a class shows by itself wins every time, and in some of its samples only.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -70,7 +72,7 @@ class Jury(Defense):
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
-    Poison that is more than `1 - trusted` of its class passes for what is ordinary there.
+    Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`.
     With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
     shallow epoch per outsider.
     """
@@ -139,7 +141,7 @@ class Jury(Defense):
         mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
         said = (within(ease, given), mixed, confidence)
         company = Company.of(said, given, near, classes, rounds=self.rounds, most=1 - self.trusted)
-        nearby = torch.stack([self._nearby(said, given, near, rounds) for rounds in NEARBY]).amax(0)
+        nearby = torch.stack([self._nearby(said, company, rounds) for rounds in NEARBY]).amax(0)
         divided = (company.clearest >= DIVIDED)[given]
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
         apart = company.apart((self.ease, self.bond, self.division))
@@ -147,11 +149,14 @@ class Jury(Defense):
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
         return Deposition(tap, suspicion, ease, near, apart, elsewhere, company.clear)
 
-    def _nearby(self, said: Sequence[Tensor], given: Tensor, near: Tensor, rounds: int) -> Tensor:
+    def _nearby(self, said: Sequence[Tensor], company: Company, rounds: int) -> Tensor:
         """Suspicion `(n,)` by ease, bond and home as they were shared so often."""
-        early, bond, home = (shared(opinion, near, rounds=rounds) for opinion in said)
-        odd = [within(early, given), *(oddness(opinion, given, 1 - self.trusted) for opinion in (bond, home))]
-        return doubted((early, bond, home), odd, given)
+        early, bond, home = (shared(opinion, company.near, rounds=rounds) for opinion in said)
+        odd = [
+            within(early, company.given),
+            *(oddness(opinion, company.given, company.most) for opinion in (bond, home)),
+        ]
+        return doubted((early, bond, home), odd, company.given)
 
     def _tapped(self, job: Job, name: str) -> Tap:
         example = gather(job.data, torch.arange(2), job.fabric.device)

@@ -62,13 +62,32 @@ def odd(values: Tensor, most: float) -> Tensor:
     return ~upper if float(upper.double().mean()) > most else upper
 
 
-def oddness(opinions: Tensor, labels: Tensor, most: float) -> Tensor:
-    """Percentile `(n,)` in (0, 1), within its label, of how far towards the `odd` end a sample's opinion lies."""
+SURE = 0.9
+"""A level that clean samples of a class do not reach together while others of the class stay below a half: what they
+show is theirs, and some of it shows in the others as well."""
+
+
+def sure(values: Tensor) -> bool:
+    """Whether `(m,)` opinions in [0, 1] are all but certain of one of the `halves`, and of the other not even by half.
+
+    Then the upper one is odd even if it is most of its class. In a class of less than `FEW` nothing is.
+    """
+    if len(values) < FEW:
+        return False
+    upper = halves(values)[0]
+    return float(values[upper].mean()) >= SURE and float(values[~upper].mean()) < 0.5
+
+
+def oddness(opinions: Tensor, labels: Tensor, most: Sequence[float]) -> Tensor:
+    """Percentile `(n,)` in (0, 1), within its label, of how far towards the `odd` end a sample's opinion lies.
+
+    most: of each class, by its number.
+    """
     toward = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
         if len(rows) > 1:
-            group = odd(toward[rows], most)
+            group = odd(toward[rows], most[label])
             if toward[rows][group].mean() < toward[rows][~group].mean():
                 toward[rows] *= -1
     return within(toward, labels)
