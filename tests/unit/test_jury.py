@@ -76,6 +76,9 @@ def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
     return Deposition(cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), [[0.0] * 3] * 4)
 
 
+GIVEN = toy_images(40).y
+
+
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
@@ -330,6 +333,20 @@ def test_a_class_with_samples_apart_may_lose_others_to_the_company_they_keep(mon
     court.hear(court.elsewhere(court.group & (court.place != 8)))
     assert (court.hearing.labels[court.group & (court.place == 8)] == OUT).all()
     assert torch.equal(court.judgement.excluded & (court.given == 1), court.group)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_what_is_set_apart_gets_another_label_only_if_it_comes_from_everywhere(everywhere: bool) -> None:
+    """Taken for one other class it may be of its own, which clean-label poison is: it is left out."""
+    court = Court(apart=(GIVEN == 1).nonzero().flatten()[6:].tolist())
+    apart = court.apart
+    answers = court.elsewhere(apart) if everywhere else torch.where(apart, 2, court.given)
+    court.hear(answers)
+    assert court.judgement.attacked.tolist() == [False, True, False, False]
+    assert torch.equal(
+        court.hearing.labels[apart], answers[apart] if everywhere else torch.full_like(answers, OUT)[apart]
+    )
+    assert court.judgement.foreign.tolist() == [False, everywhere, False, False]
 
 
 def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:

@@ -67,7 +67,8 @@ class Judgement:
         self.findings = [{**(old if old["attacked"] and old["n"] else new), **group} for old, new, group in known]
         attacked = self.attacked[self.given]
         restored = (answers == self.given) & ~self.excluded
-        judged = torch.where(against, answers, torch.where(restored, self.given, OUT))
+        foreign = self.foreign[self.given]
+        judged = torch.where(against & foreign, answers, torch.where(restored, self.given, OUT))
         left_out = (own < self.options.impossible / len(self.classes)) & self.excluded & self.large[self.given]
         heard = torch.where(attacked, judged, torch.where(left_out, OUT, self.given))
         return torch.where(self.trusted, self.given, heard)
@@ -76,6 +77,14 @@ class Judgement:
     def attacked(self) -> Tensor:
         """Which classes are, `(K,)` bool."""
         return torch.tensor([bool(finding["attacked"]) for finding in self.findings])
+
+    @property
+    def foreign(self) -> Tensor:
+        """Which classes are attacked with samples of many others, `(K,)` bool.
+
+        In the others what is taken for poison looks `alike`, and may well be of the class: its labels are true.
+        """
+        return torch.tensor([f["alike"] < self.options.alike for f in self.findings]) & self.attacked
 
     @property
     def settled(self) -> bool:

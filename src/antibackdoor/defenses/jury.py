@@ -65,10 +65,11 @@ class Jury(Defense):
        rest of their class is taken for. Single samples count where groups are too small to be seen: if the model
        confidently takes more than `acquittal` of a class for others (lower end of the Wilson interval), not alike, and
        these were learned in the easier half of the whole set, or are still there in the end.
-       Samples of an attacked class learn as what the model confidently takes them for; those it agrees with get their
-       label back, but for the group, those set apart beyond doubt or, where nobody is, the `excluded` share with the
-       most suspicion. In a class that was not attacked these too get their label back, unless it is `impossible` in
-       the eyes of the model: few poisoned samples do not look like an attack, nor do those of one source class.
+       Samples of an attacked class learn as what the model confidently takes them for, unless they are `alike` and may
+       be of their class (clean-label); those it agrees with get their label back, but for the group, those set apart
+       beyond doubt or, where nobody is, the `excluded` share with the most suspicion. In a class that was not attacked
+       these too get their label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not
+       look like an attack, nor do those of one source class.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
