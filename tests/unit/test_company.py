@@ -79,6 +79,23 @@ def test_where_an_opinion_is_sure_of_most_of_a_class_no_upper_group_is_ordinary(
     assert rows_of(unsure.apart((DIVIDED, DIVIDED))) == rows_of(clean) and set(unsure.most) == {5 / 6}
 
 
+def test_whoever_is_sure_of_a_small_group_says_nothing_of_most_of_the_class() -> None:
+    """Some look at home elsewhere, and their faint trigger is lost in mixtures: all others are ordinary in both."""
+    poison = first(30)
+    home, bond = torch.where(poison, 0.95, 0.3), torch.where(poison, 0.05, 0.6)
+    found = company_of(poison, home * (GIVEN == 1), bond * (GIVEN == 1))
+    assert set(found.most) == {5 / 6} and rows_of(found.apart((DIVIDED, DIVIDED))) == rows_of(poison)
+
+
+def test_in_a_class_that_is_most_of_the_set_mixtures_are_sure_by_that_alone() -> None:
+    given = (torch.arange(N) % 8 == 7).long()
+    faint = torch.arange(N) % 16 == 0
+    features = torch.where(faint[:, None], torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])) + 0.1 * torch.rand(N, 2)
+    bond = torch.where(faint, 0.1, 0.95) * (given == 0)
+    found = Company.of((bond,), given, nearest(features, given, 20), 2, rounds=10, most=5 / 6)
+    assert set(found.most) == {5 / 6} and rows_of(found.apart((DIVIDED,))) == rows_of(faint)
+
+
 def test_poison_on_both_sides_of_what_is_ordinary_is_strange() -> None:
     """Two groups of a class are poison: one is clearly apart, the other looks a little more innocent than the rest."""
     odd, faint = first(60), first(100) & ~first(60)

@@ -101,11 +101,12 @@ def test_an_upper_group_that_is_most_of_the_class_is_what_is_ordinary(most: floa
         ([0.89] * 16 + [0.49] * 4, False),
         ([0.9] * 16 + [0.5] * 4, False),
         ([0.9] * 20, False),
+        ([0.9] * 13 + [0.49] * 7, False),  # not more than most
         ([], False),
     ],
 )
 def test_who_is_sure_of_a_group_and_not_of_the_others(values: list[float], expected: bool) -> None:
-    assert sure(torch.tensor(values, dtype=torch.float64)) == expected
+    assert sure(torch.tensor(values, dtype=torch.float64), 0.65) == expected
 
 
 def test_what_is_odd_is_so_within_its_class() -> None:

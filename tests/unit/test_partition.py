@@ -183,7 +183,7 @@ def told(group: set[int]) -> Told:
     suspicion[[1, 13, 2, 5, 9]] = torch.tensor([0.9, 0.8, 0.75, 0.7, 0.6]).double()
     clear = [[2 * FIRM * any(row % 4 == label for row in group), 0.0] for label in range(4)]
     clear[BACKDOOR] = [clear[BACKDOOR][0], 0.1]
-    return Told(GIVEN, torch.zeros(20, 1).long(), 1, 0.8, torch.stack([odd, odd]), suspicion, clear)
+    return Told(GIVEN, torch.zeros(20, 1).long(), 1, [0.8] * 4, torch.stack([odd, odd]), suspicion, clear)
 
 
 def test_with_company_a_sample_is_what_its_company_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ class Company:
     averages out, and in the end only groups differ that no neighbors connect.
 
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
-    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of the upper group: then most of
-    the class may be poison, and no opinion's upper group is ordinary. opinions: `(o, n)`, shared `rounds` times.
+    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group: then
+    most of the class is poison, and no opinion's upper group is ordinary. opinions: `(o, n)`, shared `rounds` times.
     suspicion: `(n,)`, percentile within the label of being `odd` in the opinions that divide it. clear: how clearly
     each opinion divides each class.
     """
@@ -57,7 +57,12 @@ class Company:
         """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
         shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
         heard = [shares[:, given == label] for label in range(classes)]
-        limits = [1.0 if any(sure(opinion) for opinion in part) else most for part in heard]
+        # A class that is most of the set wins mixtures by that alone, and poison is not most of a set.
+        small = [2 * part.shape[1] <= len(given) for part in heard]
+        limits = [
+            1.0 if few and any(sure(opinion, most) for opinion in part) else most
+            for few, part in zip(small, heard, strict=True)
+        ]
         suspicion = doubted(list(shares), [oddness(opinion, given, limits) for opinion in shares], given, DIVIDED)
         clear = [[clear_in(opinion, near.shape[1] - 1) for opinion in part] for part in heard]
         return cls(given, near, rounds, limits, shares, suspicion, clear)

@@ -67,15 +67,16 @@ SURE = 0.9
 show is theirs, and some of it shows in the others as well."""
 
 
-def sure(values: Tensor) -> bool:
-    """Whether `(m,)` opinions in [0, 1] are all but certain of one of the `halves`, and of the other not even by half.
+def sure(values: Tensor, most: float) -> bool:
+    """Whether `(m,)` opinions in [0, 1] are all but certain of more than `most`, and of the others not even by half.
 
-    Then the upper one is odd even if it is most of its class. In a class of less than `FEW` nothing is.
+    Then the upper of the `halves` is odd even if it is most of its class. In a class of less than `FEW` nothing is.
     """
     if len(values) < FEW:
         return False
     upper = halves(values)[0]
-    return float(values[upper].mean()) >= SURE and float(values[~upper].mean()) < 0.5
+    certain = float(values[upper].mean()) >= SURE and float(values[~upper].mean()) < 0.5
+    return certain and float(upper.double().mean()) > most
 
 
 def oddness(opinions: Tensor, labels: Tensor, most: Sequence[float]) -> Tensor:
