@@ -52,7 +52,8 @@ class Jury(Defense):
        is the worst that is said of a sample. Odd is, as a rule, the upper group; the lower one, if the upper one is too
        large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed). But
        where nearly all mixtures of the upper group keep the label and few of the lower one's do, most of the class is
-       poison: nothing that a class shows by itself wins every time, and in some of its samples only.
+       poison, unless it is most of the set: nothing that a class shows by itself wins every time, and in some of its
+       samples only.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
