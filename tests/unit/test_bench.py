@@ -18,7 +18,8 @@ from antibackdoor.bench.grid import read_grid
 from antibackdoor.bench.ledger import Ledger, Record, compact, digest, read_ledger
 from antibackdoor.bench.plan import Estimates, duration, plan_text
 from antibackdoor.bench.run import LOST, Watcher, run_cells
-from antibackdoor.bench.tables import detection_table, latex, markdown, render, table
+from antibackdoor.bench.tables import MAIN_TRAINING, detection_table, latex, markdown, render, table
+from antibackdoor.defenses import DEFENSES
 from antibackdoor.errors import InputError
 from antibackdoor.options import values
 
@@ -451,7 +452,9 @@ def test_a_cell_may_judge_detectors_too(tmp_path: Path) -> None:
 def record(defense: str, seed: int, rate: float) -> Record:
     cell = {"data": "d", "train_size": None, "model": "m", "attack": "badnets", "attack_options": {}, "seed": seed}
     measures = {"clean_accuracy": {"value": 0.5 + seed / 10}, "attack_success_rate": {"value": rate}}
-    return {"cell": {**cell, "defense": defense, "defense_changes": {}}, "measures": measures, "cost": {"seconds": 1.0}}
+    options = {"recipe" if defense == "none" else "main": {"augment": "weak"}}
+    cell |= {"defense": defense, "defense_options": options, "defense_changes": {}}
+    return {"cell": cell, "measures": measures, "cost": {"seconds": 1.0}}
 
 
 @pytest.mark.parametrize(("undefended", "gate"), [(0.96, "takes"), (0.94, "attack did not take")])
@@ -461,12 +464,24 @@ def test_a_row_is_worth_what_its_attack_does_without_a_defense(undefended: float
     assert rows["CA"].tolist() == ["55.0 ± 7.1", "50.0"] and rows["ASR"].tolist()[0] == "20.0 ± 14.1"
     assert table([record("e2abl", 0, 0.1)])["gate"].tolist() == ["no undefended cell"]
     otherwise = record("none", 1, 1 - undefended)
-    otherwise["cell"]["defense_changes"] = {"recipe.augment": "none"}
+    otherwise["cell"] |= {
+        "defense_changes": {"recipe.augment": "none"},
+        "defense_options": {"recipe": {"augment": "none"}},
+    }
     rows = table([record("e2abl", 0, 0.1), record("none", 0, undefended), otherwise])
     assert rows["gate"].tolist() == [gate, gate, "attack did not take"], "another recipe is another question"
+    plain = record("e2abl", 0, 0.1)
+    plain["cell"]["defense_options"] = otherwise["cell"]["defense_options"]
+    rows = table([plain, record("none", 0, undefended), otherwise])
+    assert rows["gate"].tolist() == ["attack did not take", gate, "attack did not take"], "trained as it was"
     control = record("none", 0, undefended)
     control["cell"]["attack_options"] = {"rate": 0.0}
     assert table([control])["gate"].tolist() == ["nothing poisoned"]
+
+
+@pytest.mark.parametrize("entry", list(DEFENSES), ids=lambda entry: entry.name)
+def test_the_main_training_of_every_defense_is_known_by_its_name(entry: Any) -> None:
+    assert len(set(MAIN_TRAINING) & set(values(entry.make()))) == 1
 
 
 def test_a_row_names_what_was_changed_of_its_attack() -> None:

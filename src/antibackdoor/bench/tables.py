@@ -153,9 +153,28 @@ def _mean(values: list[float]) -> str:
 
 
 def undefended_as(cell: Record, undefended: list[Record]) -> list[Record]:
-    """Those that were trained as this cell, if it has no defense itself; else as they come, or all if none was."""
-    wanted = (cell.get("defense_changes") or {}) if cell["defense"] == "none" else {}
-    return [m for m in undefended if (m["cell"].get("defense_changes") or {}) == wanted] or undefended
+    """Those that were trained as this cell; as they come, or all, if none was.
+
+    That is with its settings, if it has no defense itself; else with the usual ones, but for the augmentation of its
+    main training, which decides how soon a trigger is learned.
+    """
+
+    def alike(other: Record) -> bool:
+        changes = other.get("defense_changes") or {}
+        if cell["defense"] == "none":
+            return bool(changes == (cell.get("defense_changes") or {}))
+        return set(changes) <= {"recipe.augment"} and _augmentation(other) == _augmentation(cell)
+
+    return [m for m in undefended if alike(m["cell"])] or undefended
+
+
+MAIN_TRAINING = ("recipe", "main", "training", "supervised")
+"""What the defenses call the training that would learn the trigger; each has one of these."""
+
+
+def _augmentation(cell: Record) -> Any:
+    options = cell.get("defense_options", {})
+    return next((options[name]["augment"] for name in MAIN_TRAINING if name in options), None)
 
 
 def gate(undefended: list[Record], attack: str) -> str:

@@ -33,8 +33,8 @@ class E2ABL(Defense):
        `y_r = argmax_{k != y_b} h1(x)_k`, taken anew from the main head at the start of every epoch.
     4. The second head is thrown away: the model is the backbone with its own head.
 
-    Deviations: the literal reading of the paper is the profile "paper"; both are compared in the docs' results. By
-    default samples are ranked by their company (`ranking`): how soon each label was learned and how firmly it stands in
+    Deviations: the literal reading of the paper is the profile "paper"; "persistence" keeps its sets and rates, but
+    ranks by a longer warm-up, once. All are compared in the docs' results. By default samples are ranked by their company (`ranking`): how soon each label was learned and how firmly it stands in
     mixtures, shared over and over by neighbors in the features of h2, so that what is left are groups (`Company`); odd
     are the clearer group and whoever else lies far from what is ordinary in the class. The ranking is frozen after the
     warm-up, since h2 is trained on its own choices and drifts. What counts is the class that falls into two most
@@ -59,7 +59,13 @@ class E2ABL(Defense):
             "recovery_delay": 0,
             "restart": False,
             "recover_only_backdoor_label": False,
-        }
+        },
+        "persistence": {
+            "ranking": "persistence",
+            "remainder": "trap",
+            "predominance": 0.0,
+            "recover_only_backdoor_label": False,
+        },
     }
 
     attach: Annotated[str | None, Field(description="block after which h2 sits; none: the middle of the depth")] = None
