@@ -34,15 +34,16 @@ class E2ABL(Defense):
     4. The second head is thrown away: the model is the backbone with its own head.
 
     Deviations: the literal reading of the paper is the profile "paper"; "persistence" keeps its sets and rates, but
-    ranks by a longer warm-up, once. All are compared in the docs' results. By default samples are ranked by their company (`ranking`): how soon each label was learned and how firmly it stands in
-    mixtures, shared over and over by neighbors in the features of h2, so that what is left are groups (`Company`); odd
-    are the clearer group and whoever else lies far from what is ordinary in the class. The ranking is frozen after the
-    warm-up, since h2 is trained on its own choices and drifts. What counts is the class that falls into two most
-    clearly; all but its least suspicious samples are on probation (`remainder`): kept from h1 until that is asked about
-    them, once. Those in whose company h1 denies the label get their class from it; those it agrees with come back, but
-    for D* and a group firmly apart. Nothing is recovered unasked, so that clean data lose nothing. Dual training starts
-    anew (`restart`): with the layers that learned the trigger in the warm-up, a few leaked samples teach it to h1.
-    Small sets get floors of steps and counts.
+    ranks by a longer warm-up, once. All are compared in the docs' results. By default samples are ranked by their
+    company (`ranking`): how soon each label was learned and how firmly it stands in mixtures, shared over and over by
+    neighbors in the features of h2, so that what is left are groups (`Company`); odd are the clearer group and whoever
+    else lies far from what is ordinary in the class. The ranking is frozen after the warm-up, since h2 is trained on
+    its own choices and drifts. What counts is the class that falls into two most clearly; all but its least suspicious
+    samples are on probation (`remainder`): kept from h1 until that is asked about them, once. Those in whose company h1
+    denies the label get their class from it; those it agrees with come back, but for D* and a group firmly apart.
+    Nothing is recovered unasked, so that clean data lose nothing. Dual training starts anew (`restart`): with the
+    layers that learned the trigger in the warm-up, a few leaked samples teach it to h1. Small sets get floors of steps
+    and counts.
     """
 
     profiles: ClassVar[dict[str, dict[str, Any]]] = {
