@@ -135,7 +135,7 @@ def test_a_cell_judges_detectors_on_its_own_model() -> None:
     made = case("series")
     found = judge_detectors(["entropy", "spectral_signatures"], made.network, lambda _: made.job(), made.truth)
     assert found["entropy"]["steps"] == 0  # judged with the model that is given
-    assert found["spectral_signatures"]["verdict"]["poisoned"]
+    assert found["spectral_signatures"]["verdict"]["poisoned"]["value"] == 1
     for name, measures in found.items():
         wanted = detection_measures(made.outcomes[name], made.truth)
         assert measures["auroc"] == wanted["auroc"] and measures["precision_at"]["0.1"]["n"] == 16

@@ -49,13 +49,14 @@ class Scripted:
         return Outcome(nn.Identity(), torch.tensor([3.0, 2.0, 1.0, 0.0]), zeros, flagged, torch.full((4,), -1))
 
     def verdict(self, data: Data, outcome: Outcome) -> Verdict:
-        return Verdict(True, 0.75, [str(data)], float(outcome.flagged.double().mean()), ["because"])
+        return Verdict(True, 0.75, list(data.spec.classes), float(outcome.flagged.double().mean()), ["because"])
 
 
 def scripted_job(name: str) -> Job:
     """Two stages in the history, of 8 and 5 steps; each row tells how many there were so far."""
     rows = (("a", 4), ("a", 8), ("b", 5)) if name == "watcher" else ()
-    return cast(Job, SimpleNamespace(data=name, history=[{"stage": stage, "steps": steps} for stage, steps in rows]))
+    data = SimpleNamespace(spec=SimpleNamespace(classes=[name]))
+    return cast(Job, SimpleNamespace(data=data, history=[{"stage": stage, "steps": steps} for stage, steps in rows]))
 
 
 def test_what_is_told_of_a_detector_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +75,10 @@ def test_what_is_told_of_a_detector_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
         assert told["flagged_recall"] == {"value": 0.5, "count": 1, "n": 2}
         assert told["auroc"] == {"value": 0.75, "n": 4}  # of 4 pairs one is out of order
         assert told["precision_at"]["0.1"] == {"value": 1.0, "count": 1, "n": 1}
-        verdict: dict[str, Any] = told["verdict"]
-        assert (verdict["poisoned"], verdict["confidence"], verdict["estimated_rate"]) == (True, 0.75, 0.25)
-        assert verdict["target_classes"] == [name] and verdict["evidence"] == ["because"]
+        verdict: dict[str, Any] = {measure: value["value"] for measure, value in told["verdict"].items()}
+        assert verdict == {
+            "poisoned": 1.0, "right": 1.0, "confidence": 0.75, "estimated_rate": 0.25, "rate_ratio": 0.5
+        }, f"{name} names the class of poison, and half of it"  # fmt: skip
 
 
 def test_equal_scores_are_filtered_out_in_the_order_of_the_set() -> None:

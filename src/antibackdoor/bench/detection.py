@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from antibackdoor.bench.judge import Measure, detection_measures, share
+from antibackdoor.bench.judge import Measure, detection_measures, share, verdict_measures
 from antibackdoor.data.core import Truth
 from antibackdoor.detectors import make_detector
 from antibackdoor.training.job import Job
@@ -33,7 +33,7 @@ def judge_detectors(
         seconds = time.perf_counter() - started
         measures = detection_measures(outcome, truth)
         measures["precision_at"] = precision_at(outcome.scores, truth)
-        measures["verdict"] = method.verdict(job.data, outcome).as_json()
+        measures["verdict"] = verdict_measures(method.verdict(job.data, outcome), truth, job.data.spec.classes)
         measures["seconds"] = round(seconds, 2)
         measures["steps"] = sum({row["stage"]: row["steps"] for row in job.history}.values())
         found[name] = measures
