@@ -1,9 +1,12 @@
 """Writes the pages and figures that follow from the ledger: python docs/build_results.py"""
 
+import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from antibackdoor.bench.declared import Results, figures_of, lines_of, number, tidy, wide
 from antibackdoor.bench.grid import Grid, read_grid
@@ -54,6 +57,18 @@ defense. What was run so far was run at a reduced scale, stated above each table
 have that reason first; `antibackdoor bench experiments/NAME.toml --profile paper` runs the papers' scale on a GPU.
 """
 
+JUDGED = """# How good is the verdict?
+
+Made from the ledger by `python docs/build_results.py`; do not edit. Every cell of the default defense, and of the
+detector behind `scan`, keeps its verdict beside the truth, so that this can be counted. *False alarms* are clean sets
+said to be poisoned. *Found* are sets said to be poisoned among those whose attack takes without a defense and poisons
+1 % or more; of these, *right class* have exactly the attacked classes named, and *rate* are estimated within a factor
+of 1.5. Sets whose attack does not take without a defense are counted apart: there, a verdict of "poisoned" is true,
+and its absence no loss.
+"""
+BINS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.01)
+"""Of the confidence: few runs so far, so few bins."""
+
 
 def results() -> str:
     """The page of the first results."""
@@ -92,6 +107,118 @@ def reproduced() -> dict[str, str]:
                 else:
                     parts.append("Not run.\n")
     return {"reproduction.md": "\n".join(parts), **files}
+
+
+class Judged(NamedTuple):
+    """A verdict and what it was about. attack: with its rate. takes: what the undefended cells say of the attack."""
+
+    by: str
+    data: str
+    attack: str
+    takes: str
+    poisoned: bool
+    said: bool
+    right: bool
+    confidence: float
+    ratio: float
+
+    @property
+    def true(self) -> bool:
+        """Whether the set is what the verdict says."""
+        return self.said == self.poisoned
+
+
+def judged() -> dict[str, str]:
+    """The page of verdicts, with its figure, by file name."""
+    found = list(verdicts(Results(ROOT / "results")))
+    parts, lines = [JUDGED], {}
+    for by, title in (("jury", "The default defense"), ("scan", "`scan`")):
+        mine = [one for one in found if one.by == by]
+        if mine:
+            lines[by] = reliability(mine)
+            parts += [f"## {title}\n", markdown(counts(mine)), f"{len(mine)} runs, by what they said of themselves:\n"]
+            parts += [markdown(confidences(mine)), *missed(mine)]
+    figure = chart({"true answers": list(lines.items())}, x_label="confidence that was told, %")
+    parts.append("![Share of true answers over the confidence that was told](figures/verdict.svg)\n")
+    return {"verdict.md": "\n".join(parts), "figures/verdict.svg": figure}
+
+
+def verdicts(ledger: Results) -> Iterator[Judged]:
+    """Of every cell that has one."""
+    for record in ledger.records.values():
+        cell, measures = record["cell"], record["measures"]
+        told = {"jury": measures.get("verdict")} if cell["defense"] == "jury" else {}
+        told["scan"] = measures.get("detectors", {}).get("witnesses", {}).get("verdict")
+        for by, verdict in told.items():
+            if verdict is None or cell["attack_options"].get("rate") == 0:
+                continue
+            values = {name: measure["value"] for name, measure in verdict.items()}
+            rate = cell["attack_options"].get("rate", 0)
+            yield Judged(
+                by,
+                cell["data"],
+                f"{cell['attack']} at {rate:.1%}",
+                ledger.gate_of(cell),
+                cell["attack"] != "none",
+                bool(values["poisoned"]),
+                bool(values["right"]),
+                values["confidence"],
+                values.get("rate_ratio", 1.0),
+            )
+
+
+def counts(found: list[Judged]) -> pd.DataFrame:
+    """One row a data set, and one of all."""
+    rows = []
+    for data in [*sorted({one.data for one in found}), "all"]:
+        mine = [one for one in found if data in (one.data, "all")]
+        clean, bites = [one for one in mine if not one.poisoned], [one for one in mine if one.takes == "takes"]
+        caught = [one for one in bites if one.said]
+        weak = [one for one in mine if one.poisoned and one.takes != "takes"]
+        row = {
+            "data": data,
+            "false alarms": (sum(one.said for one in clean), len(clean)),
+            "found": (len(caught), len(bites)),
+            "right class": (sum(one.right for one in caught), len(caught)),
+            "rate": (sum(2 / 3 <= one.ratio <= 1.5 for one in caught), len(caught)),
+            "of attacks that do not take": (sum(one.said for one in weak), len(weak)),
+        }
+        rows.append({name: value if name == "data" else f"{value[0]} of {value[1]}" for name, value in row.items()})
+    return pd.DataFrame(rows)
+
+
+def binned(found: list[Judged]) -> Iterator[tuple[float, float, list[Judged]]]:
+    """The runs by confidence; none of attacks that do not take."""
+    for low, high in itertools.pairwise(BINS):
+        mine = [one for one in found if low <= one.confidence < high and (not one.poisoned or one.takes == "takes")]
+        if mine:
+            yield low, high, mine
+
+
+def confidences(found: list[Judged]) -> pd.DataFrame:
+    """How often an answer was true, by the confidence that it was given with."""
+    return pd.DataFrame(
+        {
+            "confidence": f"{low:.0%} to {min(high, 1):.0%}",
+            "mean": f"{sum(one.confidence for one in mine) / len(mine):.0%}",
+            "true": f"{sum(one.true for one in mine)} of {len(mine)}",
+        }
+        for low, high, mine in binned(found)
+    )
+
+
+def reliability(found: list[Judged]) -> list[tuple[float, float]]:
+    """The same as points of a curve, in per cent."""
+    return [
+        (100 * sum(one.confidence for one in mine) / len(mine), 100 * sum(one.true for one in mine) / len(mine))
+        for _, _, mine in binned(found)
+    ]
+
+
+def missed(found: list[Judged]) -> list[str]:
+    """Which attacks passed unseen."""
+    names = sorted({f"{one.attack} on {one.data}" for one in found if one.takes == "takes" and not one.said})
+    return [f"Not found: {', '.join(names)}.\n"] if names else []
 
 
 def profiles(path: Path, ledger: Results) -> Iterator[Grid]:
@@ -146,7 +273,7 @@ def explanation(explanations: list[dict[str, Any]], name: str, row: dict[Any, An
 
 def pages() -> dict[str, str]:
     """Everything that this script writes, by its place under docs/."""
-    return {"results.md": results(), **reproduced()}
+    return {"results.md": results(), **reproduced(), **judged()}
 
 
 if __name__ == "__main__":

@@ -114,10 +114,11 @@ class Results:
 
     def gate(self, place: Place) -> str:
         """Whether the attack of this place's cell takes without a defense, over all seeds there are."""
-        if _name(place) is None:
-            return gate([], place.cell.attack)
-        cell = place.cell.resolved()
-        return gate(undefended_as(cell, self._undefended.get(_attacked(cell), [])), place.cell.attack)
+        return gate([], place.cell.attack) if _name(place) is None else self.gate_of(place.cell.resolved())
+
+    def gate_of(self, cell: Record) -> str:
+        """The same of a record's cell."""
+        return gate(undefended_as(cell, self._undefended.get(_attacked(cell), [])), cell["attack"])
 
     def missing(self, place: Place, grid: Grid) -> str:
         """Why there is no record of a place."""
