@@ -45,7 +45,9 @@ backdoor. They are here to measure defenses with. `antibackdoor list attacks NAM
 |---|---|---|---|---|---|---|---|"""
 TAIL = f"""
 Labels "true": a clean-label attack. Cover: samples that carry the trigger, or something like it, under their true
-label, as a share of the whole set. Needs training: the attack trains a surrogate or a generator first.
+label, as a share of the whole set. Needs training: the attack trains a surrogate or a generator first. Three are for
+series only, since their ideas have names of their own on images: a few moved pixels are what `trojannn` does, a
+generator is `dynamic`.
 
 ## Images
 

@@ -423,6 +423,18 @@ def test_a_plan_scales_what_was_measured(tmp_path: Path) -> None:
     assert [duration(s) for s in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
 
 
+def test_a_plan_counts_the_fitting_of_an_attack(tmp_path: Path) -> None:
+    ledger, fitted = Ledger(tmp_path), replace(TINY, attack="latent")
+    ledger.write(TINY.name(), past(TINY, 10.0))
+    assert Estimates(tmp_path).seconds(fitted) == 10.0, "nothing better is known"
+    record = past(fitted, 10.0)
+    record["cost"]["wall_seconds"] = 25.0
+    ledger.write(fitted.name(), record)
+    estimates = Estimates(tmp_path)
+    assert estimates.seconds(replace(fitted, seed=1)) == 25.0 and estimates.seconds(TINY) == 10.0
+    assert estimates.seconds(replace(TINY, attack="blend")) == 17.5
+
+
 def test_a_record_is_small_and_plain(tmp_path: Path) -> None:
     record = {"cell": {"a": 1}, "history": [{"epoch": 1}, {"epoch": 2}], "none": []}
     text = compact(record)

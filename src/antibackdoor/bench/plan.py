@@ -17,8 +17,9 @@ MEMORY_MIB = 1536
 class Estimates:
     """Seconds and memory of cells, by data, model and defense, on the same sort of device.
 
-    Time is scaled by training samples and by epochs, `seconds * (n / n') * (e / e')`; where only one of the two cells
-    says its epochs, or the size of the set is not known, nothing is claimed.
+    Time is that of the whole cell, of the same attack where one was measured, since some are fitted first. It is scaled
+    by training samples and by epochs, `seconds * (n / n') * (e / e')`; where only one of the two cells says its epochs,
+    or the size of the set is not known, nothing is claimed.
     """
 
     def __init__(self, ledger: Path, device: str = "auto"):
@@ -38,9 +39,12 @@ class Estimates:
 
     def seconds(self, cell: Cell) -> float | None:
         """The median over cells like it; None where there are none."""
-        known = [self._scaled(cell, record) for record in self._groups.get(_key(vars(cell)), [])]
-        found = [value for value in known if value is not None]
-        return statistics.median(found) if found else None
+        alike = self._groups.get(_key(vars(cell)), [])
+        for records in ([record for record in alike if record["cell"]["attack"] == cell.attack], alike):
+            found = [value for record in records if (value := self._scaled(cell, record)) is not None]
+            if found:
+                return statistics.median(found)
+        return None
 
     def memory(self, cell: Cell) -> int:
         """MiB: the most that a cell like it took."""
@@ -69,7 +73,8 @@ class Estimates:
         if n is None or (epochs[0] is None) != (epochs[1] is None):
             return None
         factor = 1.0 if epochs[0] is None or epochs[1] is None else epochs[0] / epochs[1]
-        return float(record["cost"]["seconds"]) * factor * n / float(m)
+        cost = record["cost"]
+        return float(cost.get("wall_seconds", cost["seconds"])) * factor * n / float(m)
 
     def _size(self, data: str, size: int | None) -> int | None:
         full = self._sizes.get(data)
