@@ -16,11 +16,11 @@ GIVEN = toy_images(N).y  # 240 of each of four classes
 CLASS_1 = (GIVEN == 1).nonzero().flatten()
 
 
-def company_of(apart: Tensor, *opinions: Tensor) -> Company:
+def company_of(apart: Tensor, *opinions: Tensor, home: int | None = None) -> Company:
     """Company of samples whose features lie in two directions, `apart` or not."""
     features = torch.where(apart[:, None], torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
     features = features + 0.1 * torch.rand(N, 2, generator=torch.Generator().manual_seed(0))
-    return Company.of(opinions, GIVEN, nearest(features, GIVEN, 20), 4, rounds=10, most=5 / 6)
+    return Company.of(opinions, GIVEN, nearest(features, GIVEN, 20), 4, rounds=10, most=5 / 6, home=home)
 
 
 def noisy(mean: Tensor) -> Tensor:
@@ -77,6 +77,23 @@ def test_where_an_opinion_is_sure_of_most_of_a_class_no_upper_group_is_ordinary(
     assert list(found.most) == [5 / 6, 1.0, 5 / 6, 5 / 6]
     unsure = company_of(clean, ease * (GIVEN == 1), bond.clamp(max=0.8) * (GIVEN == 1))
     assert rows_of(unsure.apart((DIVIDED, DIVIDED))) == rows_of(clean) and set(unsure.most) == {5 / 6}
+
+
+@pytest.mark.parametrize(("at_home", "which"), [(0.7, False), (0.45, True), (0.1, True)])
+def test_most_of_a_class_is_poison_where_it_is_rather_at_home_elsewhere(at_home: float, which: bool) -> None:
+    """210 of 240 were learned early; the 30 others are recognized by nobody who does not know the class, at 0.4."""
+    few = first(30)
+    ease, home = torch.where(few, 0.2, 0.7), torch.where(few, 0.4, at_home)
+    found = company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1), home=1)
+    assert rows_of(found.apart((DIVIDED, 100))) == rows_of(few if which else (GIVEN == 1) & ~few)
+    assert set(company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1)).most) == {5 / 6}, "nobody was asked"
+
+
+def test_home_alone_does_not_say_which_of_two_groups_is_at_home() -> None:
+    """Clean classes hold samples that look like others, and some that look like none."""
+    few = first(30)
+    found = company_of(few, torch.zeros(N), torch.where(few, 0.1, 0.9) * (GIVEN == 1), home=1)
+    assert set(found.most) == {5 / 6}
 
 
 def test_whoever_is_sure_of_a_small_group_says_nothing_of_most_of_the_class() -> None:

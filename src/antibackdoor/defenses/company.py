@@ -36,8 +36,9 @@ class Company:
     averages out, and in the end only groups differ that no neighbors connect.
 
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
-    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group: then
-    most of the class is poison, and no opinion's upper group is ordinary. opinions: `(o, n)`, shared `rounds` times.
+    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group, or that
+    is rather at `home` elsewhere: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
+    `(o, n)`, shared `rounds` times.
     suspicion: `(n,)`, percentile within the label of being `odd` in the opinions that divide it. clear: how clearly
     each opinion divides each class.
     """
@@ -52,17 +53,35 @@ class Company:
 
     @classmethod
     def of(
-        cls, opinions: Sequence[Tensor], given: Tensor, near: Tensor, classes: int, *, rounds: int, most: float
+        cls,
+        opinions: Sequence[Tensor],
+        given: Tensor,
+        near: Tensor,
+        classes: int,
+        *,
+        rounds: int,
+        most: float,
+        home: int | None = None,
     ) -> Company:
-        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
+        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high.
+
+        home: which of them, in [0, 1], says how sure somebody who does not know the label is of another; if one does.
+        """
         shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
         heard = [shares[:, given == label] for label in range(classes)]
-        # A class that is most of the set wins mixtures by that alone, and poison is not most of a set.
-        small = [2 * part.shape[1] <= len(given) for part in heard]
-        limits = [
-            1.0 if few and any(sure(opinion, most) for opinion in part) else most
-            for few, part in zip(small, heard, strict=True)
-        ]
+
+        def limit(label: int) -> float:
+            part = heard[label]
+            # A class that is most of the set wins mixtures by that alone, and poison is not most of a set.
+            if 2 * part.shape[1] > len(given):
+                return most
+            foreign = any(sure(opinion, most) for opinion in part)
+            if home is not None:
+                others = (opinion for number, opinion in enumerate(part) if number != home)
+                foreign |= any(elsewhere(opinion, part[home], near.shape[1] - 1, most) for opinion in others)
+            return 1.0 if foreign else most
+
+        limits = [limit(label) for label in range(classes)]
         suspicion = doubted(list(shares), [oddness(opinion, given, limits) for opinion in shares], given, DIVIDED)
         clear = [[clear_in(opinion, near.shape[1] - 1) for opinion in part] for part in heard]
         return cls(given, near, rounds, limits, shares, suspicion, clear)
@@ -115,6 +134,19 @@ class Company:
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
         return denied
+
+
+FOREIGN = 0.1
+"""By how much more others recognize most of a class than the rest of it, if what most of it shows is not its own."""
+
+
+def elsewhere(opinion: Tensor, home: Tensor, neighbors: int, most: float) -> bool:
+    """Whether an opinion divides a class so that more than `most`, the upper group, are rather at `home` elsewhere."""
+    if clear_in(opinion, neighbors) < DIVIDED:
+        return False
+    upper = halves(opinion)[0]
+    gap = float(home[upper].mean() - home[~upper].mean())
+    return gap >= FOREIGN and float(upper.double().mean()) > most
 
 
 def clear_in(opinion: Tensor, neighbors: int) -> float:

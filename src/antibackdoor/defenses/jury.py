@@ -53,7 +53,8 @@ class Jury(Defense):
        large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the sample showed). But
        where nearly all mixtures of the upper group keep the label and few of the lower one's do, most of the class is
        poison, unless it is most of the set: nothing that a class shows by itself wins every time, and in some of its
-       samples only.
+       samples only. So is most of a class that ease or bond divides, if the outsider recognizes the upper group as its
+       own more than the lower one.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -74,7 +75,8 @@ class Jury(Defense):
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
-    Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`.
+    Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`
+    or outsiders recognize it.
     With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
     shallow epoch per outsider.
     """
@@ -142,7 +144,8 @@ class Jury(Defense):
         confidence, elsewhere = self._home(job, given)
         mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
         said = (within(ease, given), mixed, confidence)
-        company = Company.of(said, given, near, classes, rounds=self.rounds, most=1 - self.trusted)
+        most = 1 - self.trusted
+        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, home=2)
         nearby = torch.stack([self._nearby(said, company, rounds) for rounds in NEARBY]).amax(0)
         divided = (company.clearest >= DIVIDED)[given]
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
