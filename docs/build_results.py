@@ -70,6 +70,10 @@ BINS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.01)
 """Of the confidence: few runs so far, so few bins."""
 
 
+OPEN = "e2abl-questions"
+"""A grid with a page of its own."""
+
+
 def results() -> str:
     """The page of the first results."""
     parts = [HEAD]
@@ -107,6 +111,33 @@ def reproduced() -> dict[str, str]:
                 else:
                     parts.append("Not run.\n")
     return {"reproduction.md": "\n".join(parts), **files}
+
+
+ASKED = """# Open questions about E2ABL
+
+Made from the ledger by `python docs/build_results.py`; do not edit. Each answer rests on the table below it: changes of
+one thing at a time on UWave (937 series, 1-D ResNet-18 of width 16), with one seed so far, so that a few points say
+nothing.
+"""
+
+
+def questions() -> dict[str, str]:
+    """The page of open questions about E2ABL: answers, each above the table that it rests on."""
+    ledger, tables = Results(ROOT / "results"), {}
+    for path in sorted((ROOT / "experiments").glob("*-*.toml")):
+        grid = read_grid(path)
+        tables |= {spec["id"]: (grid, spec) for spec in grid.tables}
+    parts = [ASKED]
+    asked = tomllib.loads((ROOT / "docs" / "e2abl-questions.toml").read_text(encoding="utf-8"))
+    for question in asked["question"]:
+        parts += [f"## {question['title']}", question["answer"], ""]
+        if "table" in question:
+            grid, spec = tables[question["table"]]
+            parts += [
+                markdown(wide(spec, figures_of(grid, spec, ledger))),
+                *([spec["note"], ""] if "note" in spec else []),
+            ]
+    return {"e2abl-questions.md": "\n".join(parts)}
 
 
 class Judged(NamedTuple):
@@ -222,14 +253,15 @@ def missed(found: list[Judged]) -> list[str]:
 
 
 def profiles(path: Path, ledger: Results) -> Iterator[Grid]:
-    """The grid under its first profile, and under the others as far as something of them was run."""
+    """The grid under its first profile, and under the others as far as something more of them was run."""
     first = read_grid(path)
-    if not first.tables and not first.figures:
+    if path.stem == OPEN or not (first.tables or first.figures):
         return
     yield first
+    known = set(ledger.records) & {cell.name() for cell in first.cells()}
     for name in tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {}):
         grid = read_grid(path, name)
-        if name != first.profile and any(ledger.of(place) for place in grid.places):
+        if name != first.profile and {cell.name() for cell in grid.cells()} & set(ledger.records) - known:
             yield grid
 
 
@@ -273,7 +305,7 @@ def explanation(explanations: list[dict[str, Any]], name: str, row: dict[Any, An
 
 def pages() -> dict[str, str]:
     """Everything that this script writes, by its place under docs/."""
-    return {"results.md": results(), **reproduced(), **judged()}
+    return {"results.md": results(), **reproduced(), **judged(), **questions()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from antibackdoor.report.svg import chart
 
 GRIDS = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.toml"))
 PAPERS = [
-    path for path in GRIDS if path.name.startswith(("e2abl-", "dlp-table", "dlp-figure")) and "gpu" not in path.stem
+    path
+    for path in GRIDS
+    if path.name.startswith(("e2abl-table", "e2abl-figure", "dlp-table", "dlp-figure")) and "gpu" not in path.stem
 ]
 AWAITED = {
     *("trojannn", "dynamic", "label_consistent", "latent", "timetrojan_fgsm", "timetrojan_de", "tsba"),
