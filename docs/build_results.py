@@ -162,14 +162,15 @@ class Judged(NamedTuple):
 def judged() -> dict[str, str]:
     """The page of verdicts, with its figure, by file name."""
     found = list(verdicts(Results(ROOT / "results")))
-    parts, lines = [JUDGED], {}
+    parts, lines = [JUDGED], dict[str, list[tuple[float, float]]]()
     for by, title in (("jury", "The default defense"), ("scan", "`scan`")):
         mine = [one for one in found if one.by == by]
         if mine:
             lines[by] = reliability(mine)
             parts += [f"## {title}\n", markdown(counts(mine)), f"{len(mine)} runs, by what they said of themselves:\n"]
             parts += [markdown(confidences(mine)), *missed(mine)]
-    figure = chart({"true answers": list(lines.items())}, x_label="confidence that was told, %")
+    lines["as often as it says"] = [(50.0, 50.0), (100.0, 100.0)]
+    figure = chart({"true answers, %": list(lines.items())}, x_label="confidence that was told, %")
     parts.append("![Share of true answers over the confidence that was told](figures/verdict.svg)\n")
     return {"verdict.md": "\n".join(parts), "figures/verdict.svg": figure}
 
@@ -241,7 +242,7 @@ def confidences(found: list[Judged]) -> pd.DataFrame:
 def reliability(found: list[Judged]) -> list[tuple[float, float]]:
     """The same as points of a curve, in per cent."""
     return [
-        (100 * sum(one.confidence for one in mine) / len(mine), 100 * sum(one.true for one in mine) / len(mine))
+        (round(100 * sum(one.confidence for one in mine) / len(mine)), 100 * sum(one.true for one in mine) / len(mine))
         for _, _, mine in binned(found)
     ]
 
