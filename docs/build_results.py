@@ -141,7 +141,10 @@ def questions() -> dict[str, str]:
 
 
 class Judged(NamedTuple):
-    """A verdict and what it was about. attack: with its rate. takes: what the undefended cells say of the attack."""
+    """A verdict and what it was about.
+
+    attack: with its rate. takes: what the undefended cells say of it. free: whether the model of the run obeys no trigger.
+    """
 
     by: str
     data: str
@@ -152,6 +155,7 @@ class Judged(NamedTuple):
     right: bool
     confidence: float
     ratio: float
+    free: bool
 
     @property
     def true(self) -> bool:
@@ -196,6 +200,7 @@ def verdicts(ledger: Results) -> Iterator[Judged]:
                 bool(values["right"]),
                 values["confidence"],
                 values.get("rate_ratio", 1.0),
+                by == "jury" and measures.get("excess_attack_success_rate", {"value": 1})["value"] <= 0.05,
             )
 
 
@@ -248,9 +253,11 @@ def reliability(found: list[Judged]) -> list[tuple[float, float]]:
 
 
 def missed(found: list[Judged]) -> list[str]:
-    """Which attacks passed unseen."""
-    names = sorted({f"{one.attack} on {one.data}" for one in found if one.takes == "takes" and not one.said})
-    return [f"Not found: {', '.join(names)}.\n"] if names else []
+    """Which attacks passed unseen, and of which of them the model is free all the same."""
+    unseen = [one for one in found if one.takes == "takes" and not one.said]
+    free = " (of which its model is free)"
+    names = {f"{one.attack} on {one.data}{free if one.free else ''}" for one in unseen}
+    return [f"Not found: {', '.join(sorted(names))}.\n"] if names else []
 
 
 def profiles(path: Path, ledger: Results) -> Iterator[Grid]:
