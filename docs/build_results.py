@@ -143,7 +143,7 @@ def questions() -> dict[str, str]:
 class Judged(NamedTuple):
     """A verdict and what it was about.
 
-    attack: with its rate. takes: what the undefended cells say of it. free: whether the model of the run obeys no trigger.
+    attack: with its rate. takes: what the undefended cells say of it. free: whether its model obeys no trigger.
     """
 
     by: str
