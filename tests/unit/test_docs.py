@@ -42,6 +42,14 @@ def test_the_readme_counts_what_the_default_stops() -> None:
     assert f"It stopped {sum(value <= 5 for value in excess)} of these" in text
 
 
+def test_the_readme_counts_the_verdicts_of_the_default() -> None:
+    page = (ROOT / "docs" / "verdict.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| all |"))  # the default's table is the first
+    _, alarms, found, *_ = (cell.strip() for cell in row.split("|")[1:-1])
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"false alarms in {alarms} runs on clean data, and {found} attacks found" in text
+
+
 def test_every_attack_is_in_the_gallery() -> None:
     gallery = runpy.run_path(str(ROOT / "docs" / "build_gallery.py"))
     assert (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8") == gallery["page"]({}), "docs/build_gallery.py"
