@@ -63,8 +63,8 @@ Made from the ledger by `python docs/build_results.py`; do not edit. Every cell 
 detector behind `scan`, keeps its verdict beside the truth, so that this can be counted. *False alarms* are clean sets
 said to be poisoned. *Found* are sets said to be poisoned among those whose attack takes without a defense and poisons
 1 % or more; of these, *right class* have exactly the attacked classes named, and *rate* are estimated within a factor
-of 1.5. Sets whose attack does not take without a defense are counted apart: there, a verdict of "poisoned" is true,
-and its absence no loss.
+of 1.5. Sets whose attack does not take without a defense, or poisons less, are counted apart: there, a verdict of
+"poisoned" is true, and its absence no loss.
 """
 BINS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.01)
 """Of the confidence: few runs so far, so few bins."""
@@ -194,7 +194,7 @@ def verdicts(ledger: Results) -> Iterator[Judged]:
                 by,
                 cell["data"],
                 f"{cell['attack']} at {rate:.1%}",
-                ledger.gate_of(cell),
+                ledger.gate_of(cell) if rate >= 0.01 else "rare",
                 cell["attack"] != "none",
                 bool(values["poisoned"]),
                 bool(values["right"]),
@@ -218,7 +218,7 @@ def counts(found: list[Judged]) -> pd.DataFrame:
             "found": (len(caught), len(bites)),
             "right class": (sum(one.right for one in caught), len(caught)),
             "rate": (sum(2 / 3 <= one.ratio <= 1.5 for one in caught), len(caught)),
-            "of attacks that do not take": (sum(one.said for one in weak), len(weak)),
+            "found of the others": (sum(one.said for one in weak), len(weak)),
         }
         rows.append({name: value if name == "data" else f"{value[0]} of {value[1]}" for name, value in row.items()})
     return pd.DataFrame(rows)
