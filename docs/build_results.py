@@ -1,17 +1,15 @@
 """Writes the pages and figures that follow from the ledger: python docs/build_results.py"""
 
-import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pandas as pd
+from typing import Any
 
 from antibackdoor.bench.declared import Results, figures_of, lines_of, number, tidy, wide
 from antibackdoor.bench.grid import Grid, read_grid
 from antibackdoor.bench.ledger import read_ledger
 from antibackdoor.bench.tables import detection_table, markdown, table
+from antibackdoor.bench.verdicts import confidences, counts, missed, reliability, verdicts
 from antibackdoor.report.svg import chart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +64,6 @@ said to be poisoned. *Found* are sets said to be poisoned among those whose atta
 of 1.5. Sets whose attack does not take without a defense, or poisons less, are counted apart: there, a verdict of
 "poisoned" is true, and its absence no loss.
 """
-BINS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.01)
-"""Of the confidence: few runs so far, so few bins."""
 
 
 OPEN = "e2abl-questions"
@@ -140,29 +136,6 @@ def questions() -> dict[str, str]:
     return {"e2abl-questions.md": "\n".join(parts)}
 
 
-class Judged(NamedTuple):
-    """A verdict and what it was about.
-
-    attack: with its rate. takes: what the undefended cells say of it. free: whether its model obeys no trigger.
-    """
-
-    by: str
-    data: str
-    attack: str
-    takes: str
-    poisoned: bool
-    said: bool
-    right: bool
-    confidence: float
-    ratio: float
-    free: bool
-
-    @property
-    def true(self) -> bool:
-        """Whether the set is what the verdict says."""
-        return self.said == self.poisoned
-
-
 def judged() -> dict[str, str]:
     """The page of verdicts, with its figure, by file name."""
     found = list(verdicts(Results(ROOT / "results")))
@@ -172,92 +145,13 @@ def judged() -> dict[str, str]:
         if mine:
             lines[by] = reliability(mine)
             parts += [f"## {title}\n", markdown(counts(mine)), f"{len(mine)} runs, by what they said of themselves:\n"]
-            parts += [markdown(confidences(mine)), *missed(mine)]
+            parts.append(markdown(confidences(mine)))
+            if unseen := missed(mine):
+                parts.append(f"Not found: {', '.join(unseen)}.\n")
     lines["as often as it says"] = [(50.0, 50.0), (100.0, 100.0)]
     figure = chart({"true answers, %": list(lines.items())}, x_label="confidence that was told, %")
     parts.append("![Share of true answers over the confidence that was told](figures/verdict.svg)\n")
     return {"verdict.md": "\n".join(parts), "figures/verdict.svg": figure}
-
-
-def verdicts(ledger: Results) -> Iterator[Judged]:
-    """Of every cell that has one."""
-    for record in ledger.records.values():
-        cell, measures = record["cell"], record["measures"]
-        told = {"jury": measures.get("verdict")} if cell["defense"] == "jury" else {}
-        told["scan"] = measures.get("detectors", {}).get("witnesses", {}).get("verdict")
-        for by, verdict in told.items():
-            if verdict is None or cell["attack_options"].get("rate") == 0:
-                continue
-            values = {name: measure["value"] for name, measure in verdict.items()}
-            rate = cell["attack_options"].get("rate", 0)
-            yield Judged(
-                by,
-                cell["data"],
-                f"{cell['attack']} at {rate:.1%}",
-                ledger.gate_of(cell) if rate >= 0.01 else "rare",
-                cell["attack"] != "none",
-                bool(values["poisoned"]),
-                bool(values["right"]),
-                values["confidence"],
-                values.get("rate_ratio", 1.0),
-                by == "jury" and measures.get("excess_attack_success_rate", {"value": 1})["value"] <= 0.05,
-            )
-
-
-def counts(found: list[Judged]) -> pd.DataFrame:
-    """One row a data set, and one of all."""
-    rows = []
-    for data in [*sorted({one.data for one in found}), "all"]:
-        mine = [one for one in found if data in (one.data, "all")]
-        clean, bites = [one for one in mine if not one.poisoned], [one for one in mine if one.takes == "takes"]
-        caught = [one for one in bites if one.said]
-        weak = [one for one in mine if one.poisoned and one.takes != "takes"]
-        row = {
-            "data": data,
-            "false alarms": (sum(one.said for one in clean), len(clean)),
-            "found": (len(caught), len(bites)),
-            "right class": (sum(one.right for one in caught), len(caught)),
-            "rate": (sum(2 / 3 <= one.ratio <= 1.5 for one in caught), len(caught)),
-            "found of the others": (sum(one.said for one in weak), len(weak)),
-        }
-        rows.append({name: value if name == "data" else f"{value[0]} of {value[1]}" for name, value in row.items()})
-    return pd.DataFrame(rows)
-
-
-def binned(found: list[Judged]) -> Iterator[tuple[float, float, list[Judged]]]:
-    """The runs by confidence; none of attacks that do not take."""
-    for low, high in itertools.pairwise(BINS):
-        mine = [one for one in found if low <= one.confidence < high and (not one.poisoned or one.takes == "takes")]
-        if mine:
-            yield low, high, mine
-
-
-def confidences(found: list[Judged]) -> pd.DataFrame:
-    """How often an answer was true, by the confidence that it was given with."""
-    return pd.DataFrame(
-        {
-            "confidence": f"{low:.0%} to {min(high, 1):.0%}",
-            "mean": f"{sum(one.confidence for one in mine) / len(mine):.0%}",
-            "true": f"{sum(one.true for one in mine)} of {len(mine)}",
-        }
-        for low, high, mine in binned(found)
-    )
-
-
-def reliability(found: list[Judged]) -> list[tuple[float, float]]:
-    """The same as points of a curve, in per cent."""
-    return [
-        (round(100 * sum(one.confidence for one in mine) / len(mine)), 100 * sum(one.true for one in mine) / len(mine))
-        for _, _, mine in binned(found)
-    ]
-
-
-def missed(found: list[Judged]) -> list[str]:
-    """Which attacks passed unseen, and of which of them the model is free all the same."""
-    unseen = [one for one in found if one.takes == "takes" and not one.said]
-    free = " (of which its model is free)"
-    names = {f"{one.attack} on {one.data}{free if one.free else ''}" for one in unseen}
-    return [f"Not found: {', '.join(sorted(names))}.\n"] if names else []
 
 
 def profiles(path: Path, ledger: Results) -> Iterator[Grid]:

@@ -76,9 +76,8 @@ class Jury(Defense):
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
     Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`
-    or outsiders recognize it.
-    With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs` shallow epochs and one
-    shallow epoch per outsider.
+    or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs`
+    shallow epochs and one shallow epoch per outsider.
     """
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
@@ -145,7 +144,8 @@ class Jury(Defense):
         mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
         said = (within(ease, given), mixed, confidence)
         most = 1 - self.trusted
-        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, home=2)
+        home = 2  # of what was said, the confidence of outsiders
+        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, home=home)
         nearby = torch.stack([self._nearby(said, company, rounds) for rounds in NEARBY]).amax(0)
         divided = (company.clearest >= DIVIDED)[given]
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
