@@ -76,8 +76,8 @@ class Jury(Defense):
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
     Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`
-    or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main training, `trap.epochs`
-    shallow epochs and one shallow epoch per outsider.
+    or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main training,
+    `trap.epochs` shallow epochs and one shallow epoch per outsider.
     """
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
