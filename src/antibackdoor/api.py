@@ -136,7 +136,8 @@ def train(
     data: a path or catalog name, a torch `Dataset`, a `Data`, or `Splits` whose test set (if any) is only used to
     measure accuracy.
     defense: "auto", "name" or "name:profile"; options: its hyper-parameters, dotted for nested ones ("main.epochs").
-    model: a registered name or any `nn.Module` that takes the samples. epochs: of the main training.
+    model: a registered name or any `nn.Module` that takes the samples.
+    epochs: of the main training; small sets get more of them, as many as the `min_steps` of its recipe ask for.
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
     weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
     differs. track: experiment trackers to tell, "tensorboard", "mlflow", "wandb"; needs `out`.

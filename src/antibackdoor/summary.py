@@ -100,12 +100,14 @@ def print_plan(
     )
     sort, chosen = ("defense", DEFENSE) if isinstance(method, Defense) else ("detector", DETECTOR)
     name, budget = chosen if name == "auto" else name, ""
-    recipe = getattr(method, "main", getattr(method, "recipe", None))
+    field = "main" if hasattr(method, "main") else "recipe"
+    recipe = getattr(method, field, None)
     if isinstance(recipe, Recipe):
         recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
-        batch = recipe.batch_for(len(data))
-        steps = recipe.epochs_for(len(data)) * recipe.passes_for(len(data)) * steps_per_epoch(len(data), batch)
-        budget = f"; main training {steps:,} steps of {batch} samples"
+        batch, passes = recipe.batch_for(len(data)), recipe.epochs_for(len(data)) * recipe.passes_for(len(data))
+        budget = f"; main training {passes * steps_per_epoch(len(data), batch):,} steps of {batch} samples"
+        if epochs is not None and passes > epochs:
+            budget += f" ({passes} epochs: so small a set gets more, unless --set {field}.min_steps=0)"
     console.print(f"{sort}: {escape(name)} with {escape(resolve(model, data.spec))}{budget}", soft_wrap=True)
     if every:
         console.print(escape(repr(method)), soft_wrap=True)

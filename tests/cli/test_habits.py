@@ -114,6 +114,12 @@ def test_json_for_programs(run: Run, images: Path, tmp_path: Path) -> None:
     assert "defense: none with resnet18-w8; main training 8 steps of 16 samples" in " ".join(result.stderr.split())
 
 
+def test_more_epochs_than_asked_for_are_told(run: Run, images: Path, tmp_path: Path) -> None:
+    floor = (*UNDEFENDED[:-1], "recipe.min_steps=12")
+    told = " ".join(run("train", images, "--out", tmp_path / "run", *TINY, *floor).output.split())
+    assert "12 steps of 16 samples (3 epochs: so small a set gets more, unless --set recipe.min_steps=0)" in told
+
+
 @pytest.mark.long
 def test_json_of_every_command_that_makes_something(run: Run, images: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "run", tmp_path / "rows.csv"

@@ -65,7 +65,12 @@ Seed = Annotated[
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Passes over the data in the main training.", rich_help_panel=METHOD),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Passes over the data in the main training; small sets get more.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MACHINE)]
 DataRoot = Annotated[
