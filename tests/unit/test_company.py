@@ -159,19 +159,23 @@ def test_denied_is_the_clear_group_or_whoever_half_the_company_doubts() -> None:
     near = torch.tensor([[*range(10)]] * 10 + [[*range(10, 20)]] * 10 + [[20] * 10])
     told = Company(torch.zeros(21), near, 2, [0.8], torch.zeros(0, 21), torch.zeros(21), ())
     rows = torch.arange(20)
+    nobody = torch.zeros(20, dtype=torch.bool)
 
-    def denied(first: float, second: float) -> list[int]:
+    def denied(first: float, second: float, taught: torch.Tensor = nobody) -> list[int]:
         doubts = torch.where(rows < 10, first, second)
-        return told.denied(rows, doubts).nonzero().flatten().tolist()
+        return told.denied(rows, doubts, taught).nonzero().flatten().tolist()
 
     assert denied(0.0, 0.6) == [*range(10, 20)]
     assert denied(0.0, 0.4) == [*range(10, 20)], "clearly apart, though they are not doubted by half"
     assert denied(0.0, 0.22) == [] and denied(0.0, 0.23) == [*range(10, 20)], "0.23 / SHARP * 0.23 is more than DIVIDED"
     assert denied(0.1, 0.2) == [] and denied(0.7, 0.8) == [*rows.tolist()]
     assert denied(0.45, 0.55) == [*range(10, 20)]
+    assert denied(0.7, 0.8, rows < 4) == [], "it has not learned even those it was taught"
+    assert denied(0.55, 0.95, rows < 4) == [*range(10, 20)], "but doubts the others far more"
+    assert denied(0.45, 0.55, rows < 4) == [*range(10, 20)]
     single = torch.zeros(20)
     single[[3, 12]] = 1.0
-    assert told.denied(rows, single).sum() == 0, "each is doubted alone"
+    assert told.denied(rows, single, nobody).sum() == 0, "each is doubted alone"
 
 
 def test_denied_once_is_enough_where_all_agree_in_the_end() -> None:
@@ -181,4 +185,4 @@ def test_denied_once_is_enough_where_all_agree_in_the_end() -> None:
     rows = torch.arange(20)
     for doubt, found in ((0.43, []), (0.45, [*range(10, 20)])):  # 0.8 of it, squared, over SHARP: 2.37 and 2.59
         doubts = torch.where(rows < 10, 0.0, doubt)
-        assert told.denied(rows, doubts).nonzero().flatten().tolist() == found
+        assert told.denied(rows, doubts, rows < 0).nonzero().flatten().tolist() == found

@@ -120,16 +120,19 @@ class Company:
                     group[rows] |= odd(opinion[rows], self.most[label])
         return group
 
-    def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:
+    def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
 
         That is whoever's far company is doubted by half, and the upper group where doubts divide the class: shared over
-        and over or, since who answers has learned the class and is less noisy than the opinions above, once.
+        and over or, since who answers has learned the class and is less noisy than the opinions above, once. Where
+        those are doubted by half that it was `taught` (`(m,)` bool), it has not learned the class yet, and only what
+        divides it counts.
         """
         known = torch.zeros(len(self.near), dtype=torch.float64)
         known[rows] = doubts.double()
         once, far = (shared(known, self.near, rounds=rounds)[rows] for rounds in (1, self.rounds))
-        denied = far > 0.5
+        learned = not taught.any() or float(far[taught].mean()) <= 0.5
+        denied = (far > 0.5) & learned
         for doubt, enough in ((once, DENIED), (far, DIVIDED)):
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]

@@ -106,7 +106,8 @@ class Dual(Objective):
         logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)
         answers = logits.argmax(1)
         if self.company is not None:
-            denied = self.company.denied(rows, 1 - logits.double().softmax(1)[:, self.backdoor_class])
+            doubts = 1 - logits.double().softmax(1)[:, self.backdoor_class]
+            denied = self.company.denied(rows, doubts, ~isolated[rows])
             logits[:, self.backdoor_class] = -torch.inf
             answers = torch.where(denied, logits.argmax(1), self.backdoor_class)
         self.asked = torch.full_like(self.given, -1)
