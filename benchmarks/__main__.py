@@ -19,6 +19,7 @@ from antibackdoor.training.job import make_fabric
 
 CASES = {
     "plain": "our loop against a minimal one of PyTorch's own calls, the limit",
+    "compile": "whether compiling the network pays",
     "e2abl": "E2ABL against plain training of the same backbone",
     "defenses": "whole runs of defenses against plain training",
     "scoring": "one batched pass over the samples against one at a time",

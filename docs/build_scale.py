@@ -11,7 +11,9 @@ from antibackdoor.bench.tables import markdown
 from antibackdoor.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("plain", "e2abl", "defenses", "scoring", "data_path", "habits", "fixmatch", "growth", "start", "grid")
+ORDER = (
+    *("plain", "compile", "e2abl", "defenses", "scoring", "data_path", "habits", "fixmatch", "growth", "start", "grid"),
+)
 
 HEAD = """# Speed and scale
 

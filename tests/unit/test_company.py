@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -173,6 +175,9 @@ def test_denied_is_the_clear_group_or_whoever_half_the_company_doubts() -> None:
     assert denied(0.7, 0.8, rows < 4) == [], "it has not learned even those it was taught"
     assert denied(0.55, 0.95, rows < 4) == [*range(10, 20)], "but doubts the others far more"
     assert denied(0.45, 0.55, rows < 4) == [*range(10, 20)]
+    firm = replace(told, opinions=torch.where(torch.arange(21) < 10, 0.0, 0.9)[None].double(), clear=[[9.0]])
+    doubts = torch.where(rows < 10, 0.7, 0.8)
+    assert firm.denied(rows, doubts, rows < 4).nonzero().flatten().tolist() == [*range(10, 20)], "apart before"
     single = torch.zeros(20)
     single[[3, 12]] = 1.0
     assert told.denied(rows, single, nobody).sum() == 0, "each is doubted alone"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import clarity, company, doubted, halves, odd, oddness, shared, sure
+from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, odd, oddness, shared, sure
 from antibackdoor.training.ranking import within
 
 DIVIDED = 1.0
@@ -125,14 +125,15 @@ class Company:
 
         That is whoever's far company is doubted by half, and the upper group where doubts divide the class: shared over
         and over or, since who answers has learned the class and is less noisy than the opinions above, once. Where
-        those are doubted by half that it was `taught` (`(m,)` bool), it has not learned the class yet, and only what
-        divides it counts.
+        those are doubted by half that it was `taught` (`(m,)` bool), it has not learned the class yet: then its doubt
+        counts where it divides the class, and against a group that was `apart` before.
         """
         known = torch.zeros(len(self.near), dtype=torch.float64)
         known[rows] = doubts.double()
         once, far = (shared(known, self.near, rounds=rounds)[rows] for rounds in (1, self.rounds))
-        learned = not taught.any() or float(far[taught].mean()) <= 0.5
-        denied = (far > 0.5) & learned
+        denied = far > 0.5
+        if taught.any() and float(far[taught].mean()) > 0.5:
+            denied &= self.apart([FIRM] * len(self.opinions))[rows]
         for doubt, enough in ((once, DENIED), (far, DIVIDED)):
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
