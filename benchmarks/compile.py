@@ -1,8 +1,8 @@
 """Whether compiling the network (`torch.compile`) pays: steps of the same training, eager and compiled.
 
 Compiled whole, by what a user would write, `torch.compile(model)`; and what that costs before the first step, in eager
-epochs of a set of the size of CIFAR-10. Nothing in this package compiles: methods cut a network at a tap, send it
-batches of other sizes and look into it, each of which compiles it anew.
+epochs of a set of the size of CIFAR-10. The package does not compile: methods cut a network at a tap, send it
+batches of other sizes and look into it, and each of these compiles it anew.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
 from antibackdoor.training.objectives import CrossEntropy, Objective
 from benchmarks.turns import random_images, ratio, rounded, take_turns
 
+PAPER = "resnet34"
+"""The network of the paper, of which only parameters are counted here."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18-w16")
@@ -37,7 +40,8 @@ def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
     method = E2ABL()
     assert method.warm_up is not None
     recipe = dataclasses.replace(method.main, epochs=args.repeats + 1, min_steps=0)
-    tap = Tap(job.model("dual"), None, 10, gather(job.data, torch.arange(2), fabric.device).x)
+    example = gather(job.data, torch.arange(2), fabric.device).x
+    tap = Tap(job.model("dual"), None, 10, example)
     trap = Trap(method, job)
     dual = Dual(method, job, trap)
     dual.partition(tap, 0)
@@ -67,15 +71,18 @@ def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
         for first, between, second in zip(seconds["warm-up"], seconds["ranking"], seconds["dual"], strict=True)
     ]
     plain = [args.epochs * value for value in seconds["plain"]]
-    parameters = tap.parameter_counts()
-    share = parameters["ratio"]
+    paper = Tap(Job(job.data, model=PAPER, fabric=fabric).model(), None, 10, example)
+    parameters = {args.model: tap.parameter_counts(), PAPER: paper.parameter_counts()}
     return {
         "ratios": {
             f"E2ABL over plain, {args.epochs} epochs each, {args.model}": ratio(whole, plain, most=1.10),
             f"a warm-up epoch over a plain one, {args.model}": ratio(seconds["warm-up"], seconds["plain"]),
             f"the ranking between them over a plain epoch, {args.model}": ratio(seconds["ranking"], seconds["plain"]),
             f"a dual epoch over a plain one, {args.model}": ratio(seconds["dual"], seconds["plain"]),
-            f"parameters over plain, {args.model}": ratio([share], [1.0], most=1.1),
+            **{
+                f"parameters over plain, {name}": ratio([counts["ratio"]], [1.0], most=1.1)
+                for name, counts in parameters.items()
+            },
         },
         "seconds_per_epoch": rounded(seconds),
         "parameters": parameters,
