@@ -70,6 +70,12 @@ and a run that was begun on two devices can be resumed on one.
 **Not tested**: several GPUs, several machines, and any speed. The folder of the run need only be seen by the first
 process; the data must be where each can read them.
 
+## Precision and compiling
+
+A GPU of compute capability 8 or more and a CPU with AVX512-BF16 or AMX compute in bfloat16, all others in float32;
+`--precision` asks for one. Nothing is compiled: methods cut a network at a tap, send it batches of other sizes and look
+into it, and each of these compiles it anew. A table below tells what plain training would gain on a CPU.
+
 """
 
 
