@@ -52,7 +52,7 @@ def test_the_readme_has_the_means_of_the_ledger() -> None:
             means = [rate.split()[0] for rate in rates[:2] if rate]
             told[attack, defense] = " / ".join(means) + (f" ({n} seeds)" if n != "1" else "")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for words, attack in {"none": "none", "BadNets": "badnets", "Blend": "blend", "SIG": "sig"}.items():
+    for words, attack in {"none": "none", "BadNets": "badnets", "Blend": "blend", "SIG": "sig delta=40"}.items():
         cells = (told.get((attack, defense), "not run") for defense in ("none", "e2abl", "jury"))
         assert f"| {' | '.join([words, *cells])} |" in text
 
