@@ -167,8 +167,9 @@ def test_a_sample_on_probation_that_is_taken_for_another_class_learns_as_that(mo
 class Told(Company):
     """Denies the second and the third sample that it is asked about, whatever the main head says of them."""
 
-    def denied(self, rows: Tensor, doubts: Tensor) -> Tensor:
+    def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         assert rows.tolist() == [1, 5, 9, 13, 17] and doubts.shape == (5,)
+        assert taught.tolist() == [False, False, False, False, True], "all others are on probation"
         return torch.tensor([False, True, True, False, False])
 
     @property
