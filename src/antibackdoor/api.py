@@ -223,7 +223,7 @@ def open_run(
     """
     check_devices(device, devices, nodes)
     splits = _splits(data)
-    check_trainable(splits.train)
+    check_trainable(splits.train, splits.test)
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}.")
     if precision not in PRECISIONS:

@@ -43,6 +43,13 @@ def shapes_differ(root: Path) -> Path:
     return path
 
 
+def untested(root: Path) -> Path:
+    path = root.with_suffix(".npz")
+    x, y = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 4
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y % 2)
+    return path
+
+
 def a_run(root: Path) -> Path:
     root.mkdir()
     for name in ("config.json", "suspects.csv"):
@@ -60,6 +67,7 @@ DATA: dict[str, tuple[Callable[[Path], Path], str]] = {
     "gaps": (lambda root: write_series(root.with_suffix(".ts"), value="NaN"), "--missing"),
     "length 1": (lambda root: write_series(root.with_suffix(".ts"), lengths=1), "length 1"),
     "shapes differ": (shapes_differ, "shape"),
+    "classes absent from the test set": (untested, "no sample of the class '2' (and 1 more)"),
     "a run": (a_run, "holds a run, not data"),
 }
 

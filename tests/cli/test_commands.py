@@ -77,12 +77,6 @@ def test_train_and_predict_on_series(run: Run, tmp_path: Path) -> None:
     run("predict", tmp_path / "run", write_images(tmp_path / "i"), "--out", tmp_path / "t.csv", status=2)
 
 
-def test_a_class_absent_from_the_test_set_is_fine(run: Run, images: Path, tmp_path: Path) -> None:
-    for path in (images / "test" / "red").iterdir():
-        path.unlink()
-    run("train", images, "--out", tmp_path / "run", *UNDEFENDED, *TINY)
-
-
 @pytest.mark.parametrize("form", ["npz", "folder"])
 def test_a_poisoned_set_is_written_and_measured(run: Run, images: Path, tmp_path: Path, form: str) -> None:
     out = tmp_path / "poisoned"

@@ -194,14 +194,24 @@ class Truth:
     targets: Tensor
 
 
-def check_trainable(data: Data) -> None:
-    """Refuse what nothing can be learned from, in one sentence: no samples, one class, series of length 1, NaN."""
+def check_trainable(data: Data, test: Data | None = None) -> None:
+    """Refuse what nothing can be learned from, in one sentence: no samples, one class, series of length 1, NaN.
+
+    And a test set that would measure something else than what is trained: one that lacks a class of the training set.
+    """
     if len(data) == 0:
         raise InputError("the training set holds no samples.")
     present = data.y.unique()
     if len(present) < 2:
         only = data.spec.classes[int(present[0])]
         raise InputError(f"all {len(data)} training samples belong to one class ({only!r}); at least two are needed.")
+    lacking = [] if test is None else sorted(set(present.tolist()) - set(test.y.tolist()))
+    if lacking:
+        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        raise InputError(
+            f"the test set has no sample of the class {data.spec.classes[lacking[0]]!r}{more}, and cannot tell how "
+            "well that is learned; add some, or give the training samples alone."
+        )
     if data.spec.kind == "series":
         if data.spec.shape[-1] < 2:
             raise InputError("the series have length 1; there is no time course to learn from.")
