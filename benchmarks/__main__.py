@@ -21,6 +21,7 @@ CASES = {
     "plain": "our loop against a minimal one of PyTorch's own calls, the limit",
     "compile": "whether compiling the network pays",
     "e2abl": "E2ABL against plain training of the same backbone",
+    "jury": "the default defense, and `scan`, against plain training of the same backbone",
     "defenses": "whole runs of defenses against plain training",
     "scoring": "one batched pass over the samples against one at a time",
     "data_path": "what gathering, augmenting, poisoning and recording cost beside a training step",

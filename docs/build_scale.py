@@ -12,7 +12,8 @@ from antibackdoor.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    *("plain", "compile", "e2abl", "defenses", "scoring", "data_path", "habits", "fixmatch", "growth", "start", "grid"),
+    *("plain", "compile", "e2abl", "jury", "defenses", "scoring", "data_path", "habits", "fixmatch", "growth", "start"),
+    "grid",
 )
 
 HEAD = """# Speed and scale
@@ -88,8 +89,8 @@ def tables() -> str:
         if not found:
             continue
         parts += [f"## {found[0]['what'][0].upper()}{found[0]['what'][1:]}", ""]
-        rows = [line(title, ratio) for record in found for title, ratio in record["ratios"].items()]
-        parts += [markdown(pd.DataFrame(rows)), ""]
+        rows = {title: line(title, ratio) for record in found for title, ratio in record["ratios"].items()}
+        parts += [markdown(pd.DataFrame(list(rows.values()))), ""]
         parts += [f"`{record['command']}`, {record['environment']['device']}." for record in found] + [""]
     return "\n".join(parts)
 

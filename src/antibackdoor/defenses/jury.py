@@ -163,14 +163,15 @@ class Jury(Defense):
         ]
         return doubted((early, bond, home), odd, company.given)
 
-    def _tapped(self, job: Job, name: str) -> Tap:
+    def tapped(self, job: Job, name: str) -> Tap:
+        """A fresh network of the run's kind, cut where a witness ends."""
         example = gather(job.data, torch.arange(2), job.fabric.device)
         tap = Tap(job.model(name), None, len(job.data.spec.classes), example.x, example.lengths)
         return tap.to(job.fabric.device)
 
     def _trap(self, job: Job) -> tuple[Tap, Tensor]:
         """The witness that learned everything as labeled, and `(n,)`: how soon and how firmly it learned each label."""
-        n, tap = len(job.data), self._tapped(job, "trap")
+        n, tap = len(job.data), self.tapped(job, "trap")
         steps = self.trap.epochs_for(n) * steps_per_epoch(n, self.trap.batch_for(n))
         witness = Witness(job, geometric(steps, self.looks))
         job.fit("trap", tap, witness, self.trap, parameters=tap.warm_up_parameters())
@@ -188,7 +189,7 @@ class Jury(Defense):
             if not inside.any() or len(known) < 2:  # whoever knows one class only is sure of everything
                 continue
             name, rows = f"outsider {number}", inside.nonzero().flatten()
-            tap = self._tapped(job, name)
+            tap = self.tapped(job, name)
             others = (~inside).nonzero().flatten()
             if len(others) > self.lessons:
                 chosen = torch.randperm(len(others), generator=generator(job.seed, name))[: self.lessons]
