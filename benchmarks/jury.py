@@ -1,7 +1,7 @@
 """What the default defense costs over plain training of the same backbone, and what `scan` costs over it.
 
 Epochs and passes of every part take turns; what they add up to in a run on 50,000 images follows from each round.
-`scan` questions the same witnesses, in a network of half the width, and trains no model.
+`scan` does the same in a network of half the width, for as many epochs as stand in the recipe.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from antibackdoor.training.scores import bonds_of, features_of, logits_of
 from benchmarks.turns import CLASSES, random_images, ratio, rounded, take_turns
 
 TRAIN = 50_000
-Parts = dict[str, Callable[[], object]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,64 +38,76 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
     method, data = Jury(), random_images(args.samples)
-    job, half = (Job(data, model=name, fabric=fabric) for name in (args.model, args.half))
-    model = job.model()
-    plain, strong = (
-        fit(job, name, job.model(name), CrossEntropy(), replace(method.main, augment=name))
-        for name in ("weak", "strong")
-    )
-    parts: Parts = {
-        "plain epoch": lambda: plain.run_epoch(Progress()),
-        "strong epoch": lambda: strong.run_epoch(Progress()),
-        "hearing": lambda: logits_of(model, data, fabric),
-        "company": company(method),
-        **{f"{name}, {args.model}": part for name, part in questions(job, method).items()},
-        **{f"{name}, {args.half}": part for name, part in questions(half, method).items()},
+    parts = {
+        f"{name}, {model}": part
+        for model in (args.model, args.half)
+        for name, part in parts_of(Job(data, model=model, fabric=fabric), method).items()
     }
-    seconds = take_turns(parts, args.repeats, fabric.device)
+    seconds = take_turns({**parts, "company": company(method)}, args.repeats, fabric.device)
     rounds = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
+    whole, half = ([costs(one, model, TRAIN / args.samples) for one in rounds] for model in (args.model, args.half))
+    scan = [one.training(method, method.main.epochs) + one.witnesses(method) for one in half]
     ratios = {}
     for epochs in args.epochs:
-        title = f"over a plain run of {epochs} epochs"
-        under = [epochs * TRAIN / args.samples * one["plain epoch"] for one in rounds]
-        trained = [training(one, method, epochs) * TRAIN / args.samples for one in rounds]
-        asked, scanned = (
-            [witnesses(one, method, name, TRAIN / args.samples) for one in rounds] for name in (args.model, args.half)
-        )
+        title = f"over a plain run of {epochs} epochs, {args.model}"
+        under = [epochs * one.plain for one in whole]
+        trained, asked = [one.training(method, epochs) for one in whole], [one.witnesses(method) for one in whole]
         both = [a + b for a, b in zip(trained, asked, strict=True)]
         ratios |= {
-            f"the default {title}, {args.model}": ratio(both, under, most=1.5),
-            f"of it the training of the model {title}, {args.model}": ratio(trained, under),
-            f"of it the witnesses {title}, {args.model}": ratio(asked, under),
-            f"`scan` in {args.half} {title}, {args.model}": ratio(scanned, under, most=0.3),
+            f"the default {title}": ratio(both, under, most=1.5),
+            f"of it the training of the model {title}": ratio(trained, under),
+            f"of it the witnesses {title}": ratio(asked, under),
+            f"`scan` in {args.half} {title}": ratio(scan, under, most=0.3),
         }
     return {"ratios": ratios, "seconds": rounded(seconds), "samples": args.samples}
 
 
-def training(one: dict[str, float], method: Jury, epochs: int) -> float:
-    """Of the model: strong augmentation up to the first hearing and, on clean data, weak from there on."""
-    first = math.ceil(method.hearing * epochs)
-    return first * one["strong epoch"] + (epochs - first) * one["plain epoch"] + (epochs - first + 1) * one["hearing"]
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one epoch, or pass, over all of a large set, in one round."""
+
+    plain: float
+    strong: float
+    hearing: float
+    shallow: float
+    look: float
+    mixture: float
+    features: float
+    company: float
+
+    def training(self, method: Jury, epochs: int) -> float:
+        """Of the model: strong augmentation up to the first hearing and, on clean data, weak from there on."""
+        first = math.ceil(method.hearing * epochs)
+        heard = epochs - first + 1
+        return first * self.strong + (epochs - first) * self.plain + heard * self.hearing
+
+    def witnesses(self, method: Jury) -> float:
+        """Of the trap, its looks and mixtures, and the outsiders: each learns the other classes and sees its own."""
+        outsiders = min(len(CLASSES), method.groups)
+        lessons = outsiders * min(method.lessons / TRAIN, 1 - 1 / len(CLASSES)) * method.outsider.epochs
+        passes = (method.looks + 1) * self.look + method.mixtures * self.mixture + self.features
+        return (method.trap.epochs + lessons) * self.shallow + passes + self.company
 
 
-def witnesses(one: dict[str, float], method: Jury, model: str, scale: float) -> float:
-    """Of the trap, its looks and mixtures, and the outsiders: each learns the other classes and looks at its own."""
-    epoch, look, mixture, features = (
-        one[f"{name}, {model}"] * scale for name in ("shallow epoch", "look", "mixture", "features")
+def costs(one: dict[str, float], model: str, scale: float) -> Costs:
+    """Of a model in a round; `scale`: how much larger the set is than the one that was measured."""
+    own = {name.removesuffix(f", {model}"): scale * s for name, s in one.items() if name.endswith(f", {model}")}
+    return Costs(**own, company=one["company"])
+
+
+def parts_of(job: Job, method: Jury) -> dict[str, Callable[[], object]]:
+    """What is measured of a model, by the names of `Costs`: once over all samples each."""
+    data, fabric, model, tap = job.data, job.fabric, job.model(), method.tapped(job, "trap")
+    plain, strong = (
+        fit(job, name, job.model(name), CrossEntropy(), replace(method.main, augment=name))
+        for name in ("weak", "strong")
     )
-    outsiders = min(len(CLASSES), method.groups)
-    lessons = outsiders * min(method.lessons / TRAIN, 1 - 1 / len(CLASSES)) * method.outsider.epochs
-    trap = method.trap.epochs * epoch + method.looks * look + method.mixtures * mixture + features
-    return trap + lessons * epoch + look + one["company"]
-
-
-def questions(job: Job, method: Jury) -> Parts:
-    """What witnesses do, once over all samples each."""
-    tap = method.tapped(job, "trap")
     trap = fit(job, "trap", tap, Witness(job), method.trap, tap.warm_up_parameters())
-    data, fabric = job.data, job.fabric
     return {
-        "shallow epoch": lambda: trap.run_epoch(Progress()),
+        "plain": lambda: plain.run_epoch(Progress()),
+        "strong": lambda: strong.run_epoch(Progress()),
+        "hearing": lambda: logits_of(model, data, fabric),
+        "shallow": lambda: trap.run_epoch(Progress()),
         "look": lambda: logits_of(tap, data, fabric, call=second_logits),
         "mixture": lambda: bonds_of(tap, data, fabric, 0, 1, call=second_logits),
         "features": lambda: features_of(tap, data, fabric, call=second_logits),

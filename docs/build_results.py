@@ -58,8 +58,9 @@ have that reason first; `antibackdoor bench experiments/NAME.toml --profile pape
 JUDGED = """# How good is the verdict?
 
 Made from the ledger by `python docs/build_results.py`; do not edit. Every cell of the default defense, and of the
-detector behind `scan`, keeps its verdict beside the truth, so that this can be counted. *False alarms* are clean sets
-said to be poisoned. *Found* are sets said to be poisoned among those whose attack takes without a defense and poisons
+quicker detector `witnesses`, keeps its verdict beside the truth, so that this can be counted. `scan` judges as the
+default defense does, by a network of the width that most of these cells have. *False alarms* are clean sets said to be
+poisoned. *Found* are sets said to be poisoned among those whose attack takes without a defense and poisons
 1 % or more; of these, *right class* have exactly the attacked classes named, and *rate* are estimated within a factor
 of 1.5. Sets whose attack does not take without a defense, or poisons less, are counted apart: there, a verdict of
 "poisoned" is true, and its absence no loss.
@@ -140,7 +141,7 @@ def judged() -> dict[str, str]:
     """The page of verdicts, with its figure, by file name."""
     found = list(verdicts(Results(ROOT / "results")))
     parts, lines = [JUDGED], dict[str, list[tuple[float, float]]]()
-    for by, title in (("jury", "The default defense"), ("scan", "`scan`")):
+    for by, title in (("jury", "The default defense"), ("witnesses", "`scan --detector witnesses`")):
         mine = [one for one in found if one.by == by]
         if mine:
             lines[by] = reliability(mine)

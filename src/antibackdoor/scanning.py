@@ -1,4 +1,4 @@
-"""`scan`: verdict and suspects only, by a detector, at a fraction of the cost of a training."""
+"""`scan`: verdict and suspects only, by a detector, for less than `train` costs."""
 
 from __future__ import annotations
 

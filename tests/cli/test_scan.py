@@ -22,14 +22,17 @@ from toy_files import Run, write_series
 
 NAMES = [entry.name for entry in DETECTORS]
 SHORT = ("--model", "resnet18-w4", "--device", "cpu", "--set", "recipe.min_steps=0", "--epochs", 2)
-TRAP = ("--set", "warm_up.epochs=1", "--set", "warm_up.min_steps=0")
+MORE = {
+    "trap": ("--set", "warm_up.epochs=1", "--set", "warm_up.min_steps=0"),
+    "jury": ("--set", "trap.epochs=1", "--set", "trap.min_steps=0", "--set", "outsider.min_steps=0"),
+}
 GATE = ("--detector", "activation_clustering", "--fail-on-poison")
 FILES = {"suspects.csv", "verdict.json", "metrics.json", "history.jsonl", "config.json", "env.json", "report.html",
          "gallery.npz", "result.json"}  # fmt: skip
 
 
 def short(name: str) -> tuple[object, ...]:
-    return ("--detector", name, *SHORT, *(TRAP if name == "trap" else ()))
+    return ("--detector", name, *SHORT, *MORE.get(name, ()))
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def test_scan_writes_everything_but_a_model(run: Run, images: Path, tmp_path: Pa
     table = pd.read_csv(out / "suspects.csv")
     assert len(table) == 60 and table.groupby("flagged")["score"].apply(lambda s: s.is_monotonic_decreasing).all()
     assert np.isfinite(table["score"]).all() and set(table["id"]) == set(antibackdoor.load(images).train.ids)
-    assert table["probability"].notna().all() == (name == "trap")
+    assert table["probability"].notna().all() == (name in MORE)
     verdict = json.loads((out / "verdict.json").read_text())
     assert 0 <= verdict["confidence"] <= 1 and verdict["evidence"]
     config = json.loads((out / "config.json").read_text())
@@ -67,7 +70,7 @@ def test_scan_writes_everything_but_a_model(run: Run, images: Path, tmp_path: Pa
 def test_scan_of_series_with_the_default(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("scan", write_series(tmp_path / "toy.ts"), "--out", out, *SHORT, "--quiet")
-    assert json.loads((out / "config.json").read_text())["detector"]["name"] == "witnesses"
+    assert json.loads((out / "config.json").read_text())["detector"]["name"] == "jury"
 
 
 def test_a_gate_stops_what_looks_poisoned(run: Run, tampered: Path, images: Path, tmp_path: Path) -> None:

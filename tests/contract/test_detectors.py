@@ -38,6 +38,7 @@ EPOCHS = {"image": 5, "series": 4}
 SETTINGS: dict[str, dict[str, object]] = {
     "loss_drop": {"recipe.epochs": 4, "recipe.min_steps": 0, "recipe.batch_size": 16, "weights": "uniform"},
     "trap": {"warm_up.epochs": 6, "warm_up.min_steps": 0, "recipe.epochs": 3, "recipe.min_steps": 0},
+    "jury": {"trap.epochs": 6, "trap.min_steps": 0, "recipe.min_steps": 0, "outsider.min_steps": 20},
     "witnesses": {"recipe.epochs": 6, "recipe.min_steps": 0, "outsider.min_steps": 20},
 }
 FLOORS = {"activation_clustering": 0.9, "spectral_signatures": 0.7}

@@ -328,7 +328,7 @@ def test_a_network_without_a_linear_classifier_is_told_in_a_sentence() -> None:
     make_detector("loss").run(Job(data, fabric=FABRIC), net)
 
 
-@pytest.mark.parametrize("name", ["loss_drop", "trap", "witnesses"])
+@pytest.mark.parametrize("name", ["jury", "loss_drop", "trap", "witnesses"])
 def test_watching_needs_a_training(name: str) -> None:
     data = toy_images(24)
     net = create("resnet18-w8", data.spec)
@@ -344,4 +344,4 @@ def test_unknown_names_are_told_with_the_nearest() -> None:
         make_detector("spectral_signature")
     with pytest.raises(InputError, match="did you mean 'silhouette'"):
         make_detector("activation_clustering", {"silhouete": 0.2})
-    assert make_detector("auto") == make_detector("witnesses")
+    assert make_detector("auto") == make_detector("jury")

@@ -42,7 +42,7 @@ def verdicts(ledger: Results) -> Iterator[Judged]:
     for record in ledger.records.values():
         cell, measures = record["cell"], record["measures"]
         told = {"jury": measures.get("verdict")} if cell["defense"] == "jury" else {}
-        told["scan"] = measures.get("detectors", {}).get("witnesses", {}).get("verdict")
+        told["witnesses"] = measures.get("detectors", {}).get("witnesses", {}).get("verdict")
         for by, verdict in told.items():
             if verdict is None or cell["attack_options"].get("rate") == 0:
                 continue

@@ -61,7 +61,7 @@ def scan(
         typer.Option(min=1, help="Passes over the data in the detector's training.", rich_help_panel=METHOD),
     ] = None,
 ) -> None:
-    """Only look for poison: verdict and suspects, for much less than `train` costs."""
+    """Only look for poison: verdict and suspects, for less than `train` costs."""
     from antibackdoor.detectors import make_detector
     from antibackdoor.progress import show
     from antibackdoor.runs import load_model

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from antibackdoor.detectors import activation_clustering, entropy, loss, loss_drop, spectral_signatures, trap, witnesses
+from antibackdoor.detectors import (
+    activation_clustering,
+    entropy,
+    jury,
+    loss,
+    loss_drop,
+    spectral_signatures,
+    trap,
+    witnesses,
+)
 from antibackdoor.detectors.base import DETECTORS, Detector
 from antibackdoor.options import build
 
-AUTO = "witnesses"
+AUTO = "jury"
 """What `auto` means."""
 
 
@@ -24,6 +33,7 @@ __all__ = [
     "Detector",
     "activation_clustering",
     "entropy",
+    "jury",
     "loss",
     "loss_drop",
     "make_detector",

@@ -25,8 +25,7 @@ class Witnesses(Detector):
 
     `Jury` up to the training of its model: suspicion from ease, bond and home, shared by neighbors. Samples are flagged
     where these divide a class beyond doubt; the label suggested is what an outsider is confident to see (of clean-label
-    poison a wrong one). Nobody is heard by a trained model, so poison that only this finds (slow to be learned, lost in
-    mixtures, unlike any other class) is missed.
+    poison a wrong one). Nobody is heard by a trained model: most poison ranks high, but of less it is beyond doubt.
     """
 
     watches_training: ClassVar[bool] = True
