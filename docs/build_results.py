@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from antibackdoor.bench.declared import Results, figures_of, lines_of, number, tidy, wide
+import pandas as pd
+
+from antibackdoor.bench.declared import Figure, Results, figures_of, lines_of, number, tidy, wide
 from antibackdoor.bench.grid import Grid, read_grid
 from antibackdoor.bench.ledger import read_ledger
 from antibackdoor.bench.tables import detection_table, markdown, table
@@ -53,6 +55,7 @@ clean accuracy after the last epoch. "not run" is what it says; "excluded" gives
 whether the attack takes on an undefended model of the same scale: where it did not, the row says nothing about a
 defense. What was run so far was run at a reduced scale, stated above each table, so that differences from the paper
 have that reason first; `antibackdoor bench experiments/NAME.toml --profile paper` runs the papers' scale on a GPU.
+Figures, tables of attacks without a defense and of our own defense follow those of the papers.
 """
 
 JUDGED = """# How good is the verdict?
@@ -93,11 +96,14 @@ def reproduced() -> dict[str, str]:
     """The page of what was and was not reproduced, and its figures, by file name."""
     ledger, files = Results(ROOT / "results"), {}
     explanations = tomllib.loads((ROOT / "docs" / "explanations.toml").read_text(encoding="utf-8"))
-    parts = [REPRODUCED]
-    for path in sorted((ROOT / "experiments").glob("*-*.toml")):
+    parts, overview = list[str](), list[dict[str, str]]()
+    for path in sorted((ROOT / "experiments").glob("*.toml"), key=lambda path: (rank(path.stem), path.stem)):
         for grid in profiles(path, ledger):
             for spec in grid.tables:
-                parts += table_part(grid, spec, ledger, explanations.get("explanation", []))
+                places = figures_of(grid, spec, ledger)
+                done = f"{sum(bool(place.values) for place in places)} of {len(places)}"
+                overview.append({"table": spec["title"], "places with results": done, "scale": grid.description})
+                parts += table_part(grid, spec, places, explanations.get("explanation", []))
             for spec in grid.figures:
                 name = f"figures/{spec['id']}{'' if grid.profile == 'cpu' else '-' + grid.profile}.svg"
                 lines = lines_of(grid, spec, ledger)
@@ -107,7 +113,13 @@ def reproduced() -> dict[str, str]:
                     parts.append(f"![{spec['title']}]({name})\n")
                 else:
                     parts.append("Not run.\n")
-    return {"reproduction.md": "\n".join(parts), **files}
+    return {"reproduction.md": "\n".join([REPRODUCED, markdown(pd.DataFrame(overview)), *parts]), **files}
+
+
+def rank(grid: str) -> int:
+    """The tables of the papers come first, then attacks without a defense, then what is of our own."""
+    first = ("e2abl-", "dlp-", "attacks-")
+    return next((place for place, start in enumerate(first) if grid.startswith(start)), len(first))
 
 
 ASKED = """# Open questions about E2ABL
@@ -173,12 +185,11 @@ def scale(grid: Grid) -> str:
     return f"Scale: {grid.description}." if grid.description else ""
 
 
-def table_part(grid: Grid, spec: Mapping[str, Any], ledger: Results, explanations: list[dict[str, Any]]) -> list[str]:
+def table_part(
+    grid: Grid, spec: Mapping[str, Any], places: list[Figure], explanations: list[dict[str, Any]]
+) -> list[str]:
     """A table, and, row by row, how it differs from the published one."""
-    places = figures_of(grid, spec, ledger)
-    done = sum(bool(place.values) for place in places)
-    parts = [f"## {spec['title']}\n", f"{scale(grid)} {done} of {len(places)} places have results.\n"]
-    parts.append(markdown(wide(spec, places)))
+    parts = [f"## {spec['title']}\n", f"{scale(grid)}\n", markdown(wide(spec, places))]
     if spec.get("note"):
         parts.append(f"{spec['note']}\n")
     compared = tidy(spec, places).dropna(subset=["mean", "published"])
