@@ -10,6 +10,7 @@ import pandas as pd
 from antibackdoor.bench.declared import Figure, Results, figures_of, lines_of, number, tidy, wide
 from antibackdoor.bench.grid import Grid, read_grid
 from antibackdoor.bench.ledger import read_ledger
+from antibackdoor.bench.standing import standing, stands
 from antibackdoor.bench.tables import detection_table, markdown, table
 from antibackdoor.bench.verdicts import confidences, counts, missed, reliability, verdicts
 from antibackdoor.report.svg import chart
@@ -104,6 +105,8 @@ def reproduced() -> dict[str, str]:
                 done = f"{sum(bool(place.values) for place in places)} of {len(places)}"
                 overview.append({"table": spec["title"], "places with results": done, "scale": grid.description})
                 parts += table_part(grid, spec, places, explanations.get("explanation", []))
+                if spec["id"] == SIDE_BY_SIDE:
+                    parts += side_by_side(grid, ledger)
             for spec in grid.figures:
                 name = f"figures/{spec['id']}{'' if grid.profile == 'cpu' else '-' + grid.profile}.svg"
                 lines = lines_of(grid, spec, ledger)
@@ -114,6 +117,23 @@ def reproduced() -> dict[str, str]:
                 else:
                     parts.append("Not run.\n")
     return {"reproduction.md": "\n".join([REPRODUCED, markdown(pd.DataFrame(overview)), *parts]), **files}
+
+
+SIDE_BY_SIDE = "baselines"
+"""The table whose rows are also counted by defense."""
+
+
+def side_by_side(grid: Grid, ledger: Results) -> list[str]:
+    """The grid's defenses, a row each, for images and for series."""
+    found = list(stands(grid, ledger))
+    parts = [
+        "Over all of these sets, and seeds, whose attack takes: what is left of it beyond what the model confuses "
+        "anyway, and how many points of clean accuracy less than the undefended model it has. Not all defenses were "
+        "run on all sets.\n"
+    ]
+    for kind, title in (("image", "Images"), ("series", "Series")):
+        parts += [f"{title}:\n", markdown(standing([one for one in found if one.kind == kind]))]
+    return parts
 
 
 def rank(grid: str) -> int:
