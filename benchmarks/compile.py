@@ -1,23 +1,20 @@
-"""Whether compiling the network (`torch.compile`) pays: steps of the same training, eager and compiled.
+"""Whether compiling the network (`--compile`) pays: epochs of the same plain training, eager and compiled.
 
-Compiled whole, by what a user would write, `torch.compile(model)`; and what that costs before the first step, in eager
-epochs of a set of the size of CIFAR-10. The package does not compile: methods cut a network at a tap, send it
-batches of other sizes and look into it, and each of these compiles it anew.
+And what that costs before the first step, in eager epochs of a set of the size of CIFAR-10.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
-from torch import nn
 
 from antibackdoor.training.job import Job
+from antibackdoor.training.loop import Fit, Progress, Recipe
+from antibackdoor.training.objectives import CrossEntropy
 from benchmarks.turns import random_images, ratio, rounded, take_turns
 
 TRAIN = 50_000
@@ -30,29 +27,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
-    data = random_images(args.batch)
-    job = Job(data, model=args.model, fabric=fabric)
-    x, y = data.spec.decode(job.data.x[torch.arange(args.batch)]), job.data.y
+    job = Job(random_images(args.batch * args.steps), model=args.model, fabric=fabric)
+    recipe = Recipe(epochs=args.repeats + 2, min_steps=0, batch_size=args.batch)
 
-    def steps(model: nn.Module) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    def stage(name: str) -> Fit:
+        made = Fit(name, job.model(name), CrossEntropy(), job.data, recipe, compiled=name == "compiled", fabric=fabric)
+        made.batch_size, made.steps = args.batch, args.steps  # small sets get smaller batches by themselves
+        return made
 
-        def run() -> None:
-            model.train()
-            for _ in range(args.steps):
-                with fabric.autocast():
-                    loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-
-        return run
-
-    compiled = steps(torch.compile(job.model("compiled")))  # type: ignore[arg-type]
+    torch.compiler.config.force_disable_caches = True  # what an earlier run compiled would be taken from the disk
+    eager, compiled = stage("eager"), stage("compiled")
     started = time.perf_counter()
-    compiled()
+    compiled.run_epoch(Progress())
     first = time.perf_counter() - started
-    seconds = take_turns({"eager": steps(job.model("eager")), "compiled": compiled}, args.repeats, fabric.device)
+    parts = {fit.stage: (lambda fit=fit: fit.run_epoch(Progress())) for fit in (eager, compiled)}  # type: ignore[misc]
+    seconds = take_turns(parts, args.repeats, fabric.device)
     epoch = [TRAIN / args.batch / args.steps * value for value in seconds["eager"]]
     return {
         "ratios": {

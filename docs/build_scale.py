@@ -74,8 +74,9 @@ process; the data must be where each can read them.
 ## Precision and compiling
 
 A GPU of compute capability 8 or more and a CPU with AVX512-BF16 or AMX compute in bfloat16, all others in float32;
-`--precision` asks for one. Nothing is compiled: methods cut a network at a tap, send it batches of other sizes and look
-into it, and each of these compiles it anew. A table below tells what plain training would gain on a CPU.
+`--precision` asks for one. `--compile` has `torch.compile` compile the network, in stages that only call it on whole
+batches: plain training, the model of the default defense, FixMatch, ABL's isolation. Others cut a network at a tap or
+look into it, and stay as they are. On the CPU that was measured (a table below) it does not pay; on a GPU nobody tried.
 
 """
 

@@ -121,6 +121,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    compiled: bool = False,
     devices: int = 1,
     nodes: int = 1,
     out: str | Path | None = None,
@@ -141,6 +142,7 @@ def train(
     out: the run folder; with it a killed run goes on with `resume=True` to the same weights.
     weights: a local `.safetensors` file to start from (fine-tuning); the head is new where the number of classes
     differs. track: experiment trackers to tell, "tensorboard", "mlflow", "wandb"; needs `out`.
+    compiled: train the network by `torch.compile`, in stages that only call it on whole batches.
     devices, nodes: on how many devices of each of how many machines; the result is that of one device, but for the last
     bits. On one machine the other processes are started here, on several by torchrun.
     experiment: known truth, for measuring only. clean: a few samples known to be clean, for the defenses that need
@@ -162,6 +164,7 @@ def train(
         seed=seed,
         device=device,
         precision=precision,
+        compiled=compiled,
         out=out,
         resume=resume,
         progress=progress,
@@ -205,6 +208,7 @@ def open_run(
     seed: int,
     device: str,
     precision: str,
+    compiled: bool,
     out: str | Path | None,
     resume: bool,
     progress: Progress | None,
@@ -222,6 +226,8 @@ def open_run(
     other devices, which keep nothing and say nothing. Raises InputError before anything is written.
     """
     check_devices(device, devices, nodes)
+    if compiled and devices * nodes > 1:
+        raise InputError("a compiled network trains on one device; leave out --compile.")
     splits = _splits(data)
     check_trainable(splits.train, splits.test)
     if epochs is not None and epochs < 1:
@@ -260,6 +266,7 @@ def open_run(
             extras=given,
             epochs=epochs,
             weights=pretrained,
+            compiled=compiled,
         )
         yield splits, job
 

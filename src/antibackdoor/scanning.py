@@ -37,6 +37,7 @@ def scan(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    compiled: bool = False,
     devices: int = 1,
     nodes: int = 1,
     out: str | Path | None = None,
@@ -46,7 +47,7 @@ def scan(
 ) -> Findings:
     """Score every sample of an untrusted set and give a verdict, without training a model for use.
 
-    data, seed, device, precision, devices, nodes, out, resume, progress, experiment: as for `train`.
+    data, seed, device, precision, compiled, devices, nodes, out, resume, progress, experiment: as for `train`.
     detector: "auto" or a name; options: its hyper-parameters. model: what is trained where the detector needs a network
     (epochs: for so long). network: a finished one to judge with instead, any module that ends in a linear layer.
     `suspects["probability"]` is NaN where the detector estimates none. Raises InputError for bad input.
@@ -70,6 +71,7 @@ def scan(
         seed=seed,
         device=device,
         precision=precision,
+        compiled=compiled,
         out=out,
         resume=resume,
         progress=progress,

@@ -191,6 +191,12 @@ class Running:
     seed: Seed = 0
     device: Device = "auto"
     precision: Annotated[str, typer.Option(help="auto, 32-true or bf16-mixed.", rich_help_panel=MACHINE)] = "auto"
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the network, where the method allows: slow to start.", rich_help_panel=MACHINE
+        ),
+    ] = False
     devices: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="Devices of this machine to train on together.", rich_help_panel=MACHINE),
@@ -222,7 +228,7 @@ class Running:
     def given(self) -> dict[str, Any]:
         """As `antibackdoor.train` and `antibackdoor.scan` take it."""
         machine = {"device": self.device, "precision": self.precision, "devices": self.devices, "nodes": self.nodes}
-        return {"seed": self.seed, "resume": self.resume, **machine}
+        return {"seed": self.seed, "resume": self.resume, "compiled": self.compiled, **machine}
 
     def experiment(self, splits: Splits) -> Experiment | None:
         """The truth to measure against, if there is one."""

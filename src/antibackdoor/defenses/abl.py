@@ -40,6 +40,8 @@ def held(values: Tensor, level: float, how: str = "gradient_ascent", over: str =
 class Held(Objective):
     """The isolation stage; records each sample's loss as "main"."""
 
+    compiles: ClassVar[bool] = True
+
     def __init__(self, level: float, how: str, over: str):
         self.level, self.how, self.over = level, how, over
 

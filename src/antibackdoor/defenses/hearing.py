@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 class Hearing(Objective):
     """Cross entropy with labels that the model's own average hands out, epoch by epoch, to samples not trusted."""
+
+    compiles: ClassVar[bool] = True
 
     def __init__(self, options: Jury, job: Job, model: nn.Module, deposition: Deposition):
         self.options, self.job, self.deposition = options, job, deposition

@@ -52,6 +52,8 @@ def with_attention(model: nn.Module, batch: Batch, blocks: Sequence[str], power:
 class Distill(CrossEntropy):
     """`CE + sum_l beta_l * mean((A_l(student) - A_l(teacher))^2)`; records each sample's cross entropy as "main"."""
 
+    compiles: ClassVar[bool] = False  # attention maps are looked at in the middle
+
     def __init__(self, teacher: nn.Module, blocks: Sequence[str], betas: Sequence[float], power: float):
         self.teacher, self.blocks, self.betas, self.power = teacher, blocks, betas, power
 

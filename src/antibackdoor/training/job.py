@@ -71,6 +71,7 @@ class Job:
     weights: pretrained tensors that every model starts from, see `models.pretrained`.
     extras: what a method declares in `needs` and was given, for example {"clean": Data}.
     watch: what else is to be measured after every epoch, from the stage's name and its model; for experiments.
+    compiled: whether stages train a compiled model, where their objective `compiles`.
     """
 
     checkpoint_seconds = 20.0
@@ -89,6 +90,7 @@ class Job:
         batch_size: int | None = None,
         weights: Mapping[str, Tensor] | None = None,
         watch: Watch | None = None,
+        compiled: bool = False,
     ):
         self.fabric = fabric or make_fabric()
         self.data = to_device(data, self.fabric.device)
@@ -102,7 +104,7 @@ class Job:
             k: v for k, v in {"epochs": epochs, "batch_size": batch_size}.items() if v is not None
         }
         self.history: list[dict[str, Any]] = []
-        self.watch = watch
+        self.watch, self.compiled = watch, compiled
         self._model, self._weights = model, weights
         self._names: set[str] = set()
 
@@ -186,6 +188,7 @@ class Job:
             rows=rows,
             parameters=parameters,
             adam=adam,
+            compiled=self.compiled,
             seed=self.seed,
             fabric=self.fabric,
         )
@@ -203,7 +206,7 @@ class Job:
         self.progress.start(name, stage.epochs, stage.steps)
         saved = time.monotonic()
         while not stage.finished:
-            row = stage.run_epoch(self.progress)
+            row = self._epoch(stage)
             if self.watch is not None:
                 row |= self.watch(name, model)
             self.history.append(row)
@@ -213,6 +216,15 @@ class Job:
                 save_state(path, {"fit": stage.state(), "history": self.history[first:]})
                 self.write_history()
                 saved = time.monotonic()
+
+    def _epoch(self, stage: Fit) -> dict[str, Any]:
+        try:
+            return stage.run_epoch(self.progress)
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+            raise InputError(f"the network cannot be compiled here ({reason}); leave out --compile.") from None
 
     def _kept(self, path: Path | None) -> Tree | None:
         """What a stage left behind; None where there is nothing. Only the first device has a folder, and tells all."""

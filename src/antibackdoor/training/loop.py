@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -97,6 +97,7 @@ class Fit:
 
     parameters: what to train; as groups with their own "learning_rate" or as plain parameters.
     adam: AdamW with the recipe's momentum as its first beta, in place of SGD.
+    compiled: steps call a compiled model, where the objective `compiles`; all else calls the model itself.
     Every random choice follows from (seed, stage, epoch), so no random state is saved.
     """
 
@@ -111,6 +112,7 @@ class Fit:
         rows: Tensor | None = None,
         parameters: ParameterGroups | None = None,
         adam: bool = False,
+        compiled: bool = False,
         seed: int = 0,
         fabric: Fabric,
     ):
@@ -119,6 +121,7 @@ class Fit:
         if len(self.rows) == 0:
             raise InputError(f"no samples are left for the stage {stage!r}.")
         self.seed, self.fabric = seed, fabric
+        self.called = cast(nn.Module, torch.compile(model)) if compiled and objective.compiles else model
         self.groups = [
             group if isinstance(group, dict) else {"params": [group]}
             for group in (parameters if parameters is not None else [{"params": list(model.parameters())}])
@@ -153,7 +156,7 @@ class Fit:
             self._set_learning_rate((self.epoch * self.steps + step) / (self.epochs * self.steps))
             batch = self.objective.prepare(plain, self._augment, noise)
             with self.fabric.autocast(), share():
-                result = self.objective(self.model, batch)
+                result = self.objective(self.called, batch)
             self.optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(result.loss)
             average_gradients(self._trained(), self.fabric)

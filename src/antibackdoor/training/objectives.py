@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class Objective:
     """
 
     finished: bool = False
+    compiles: ClassVar[bool] = False
+    """Whether a compiled model serves as well: it is only called on whole batches, and nobody looks into it."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """The loss of one batch."""
@@ -73,6 +76,8 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 class CrossEntropy(Objective):
     """Mean cross entropy with the given labels; records each sample's loss as "main"."""
+
+    compiles: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Plain supervised training."""

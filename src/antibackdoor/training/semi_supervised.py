@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,8 @@ class FixMatch(Objective):
     the threshold lies. The last epoch's stay in `seen`, `(n,)` each, NaN for rows outside the pool.
     Reference: Sohn et al. 2020, FixMatch. Deviation: `Average` starts faster and averages batch statistics too.
     """
+
+    compiles: ClassVar[bool] = True
 
     def __init__(
         self, job: Job, model: nn.Module, recipe: SemiSupervised, labeled: Tensor, labels: Tensor | None = None
