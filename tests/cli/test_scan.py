@@ -73,6 +73,16 @@ def test_scan_of_series_with_the_default(run: Run, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["detector"]["name"] == "jury"
 
 
+@pytest.mark.long
+def test_the_default_gate_stops_poisoned_digits_and_lets_clean_ones_pass(run: Run, tmp_path: Path) -> None:
+    attack = ("--attack", "badnets", "--rate", 0.1, "--target", 0)
+    run("poison", "digits", *attack, "--out", tmp_path / "poisoned", "--quiet")
+    gate = ("--fail-on-poison", "--json", "--quiet")
+    told = json.loads(run("scan", tmp_path / "poisoned", "--out", tmp_path / "bad", *gate, status=3).output)
+    assert told["target_classes"] == ["0"] and 0.05 < told["estimated_rate"] < 0.15
+    assert not json.loads(run("scan", "digits", "--out", tmp_path / "good", *gate).output)["poisoned"]
+
+
 def test_a_gate_stops_what_looks_poisoned(run: Run, tampered: Path, images: Path, tmp_path: Path) -> None:
     found = run("scan", tampered, "--out", tmp_path / "bad", *GATE, *SHORT, "--json", "--quiet", status=3)
     told = json.loads(found.output)
