@@ -13,9 +13,9 @@ import torch
 from lightning_fabric import Fabric
 
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Fit, Progress, Recipe
+from antibackdoor.training.loop import Progress, Recipe
 from antibackdoor.training.objectives import CrossEntropy
-from benchmarks.turns import random_images, ratio, rounded, take_turns
+from benchmarks.turns import endless, random_images, ratio, rounded, take_turns
 
 TRAIN = 50_000
 
@@ -28,15 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
     job = Job(random_images(args.batch * args.steps), model=args.model, fabric=fabric)
-    recipe = Recipe(epochs=args.repeats + 2, min_steps=0, batch_size=args.batch)
-
-    def stage(name: str) -> Fit:
-        made = Fit(name, job.model(name), CrossEntropy(), job.data, recipe, compiled=name == "compiled", fabric=fabric)
-        made.batch_size, made.steps = args.batch, args.steps  # small sets get smaller batches by themselves
-        return made
-
+    recipe = Recipe(batch_size=args.batch)
     torch.compiler.config.force_disable_caches = True  # what an earlier run compiled would be taken from the disk
-    eager, compiled = stage("eager"), stage("compiled")
+    eager, compiled = (
+        endless(job, name, job.model(name), CrossEntropy(), recipe, compiled=name == "compiled")
+        for name in ("eager", "compiled")
+    )
     started = time.perf_counter()
     compiled.run_epoch(Progress())
     first = time.perf_counter() - started

@@ -7,13 +7,11 @@ company between both stages, and dual epochs take turns; the ratio of a whole ru
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses.dual_head import Dual
@@ -21,9 +19,9 @@ from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.trap import Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
-from antibackdoor.training.objectives import CrossEntropy, Objective
-from benchmarks.turns import random_images, ratio, rounded, take_turns
+from antibackdoor.training.loop import Progress
+from antibackdoor.training.objectives import CrossEntropy
+from benchmarks.turns import endless, random_images, ratio, rounded, take_turns
 
 PAPER = "resnet34"
 """The network of the paper, of which only parameters are counted here."""
@@ -39,26 +37,16 @@ def measure(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
     job = Job(random_images(args.samples), model=args.model, fabric=fabric)
     method = E2ABL()
     assert method.warm_up is not None
-    recipe = dataclasses.replace(method.main, epochs=args.repeats + 1, min_steps=0)
     example = gather(job.data, torch.arange(2), fabric.device).x
     tap = Tap(job.model("dual"), None, 10, example)
     trap = Trap(method, job)
     dual = Dual(method, job, trap)
     dual.partition(tap, 0)
 
-    def stage(
-        name: str, model: nn.Module, objective: Objective, recipe: Recipe, parameters: ParameterGroups | None = None
-    ) -> Fit:
-        fit = Fit(name, model, objective, job.data, recipe, parameters=parameters, fabric=fabric)
-        # Batches of a large set: small ones get smaller batches by themselves.
-        fit.batch_size = min(recipe.batch_size, args.samples)
-        fit.steps = max(1, args.samples // fit.batch_size)
-        return fit
-
     fits = (
-        stage("plain", job.model("plain"), CrossEntropy(), recipe),
-        stage("warm-up", tap, trap, method.warm_up, tap.warm_up_parameters()),
-        stage("dual", tap, dual, recipe),
+        endless(job, "plain", job.model("plain"), CrossEntropy(), method.main),
+        endless(job, "warm-up", tap, trap, method.warm_up, tap.warm_up_parameters()),
+        endless(job, "dual", tap, dual, method.main),
     )
     parts: dict[str, Callable[[], object]] = {
         fit.stage: (lambda fit=fit: fit.run_epoch(Progress()))  # type: ignore[misc]

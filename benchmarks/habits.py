@@ -32,10 +32,10 @@ from torchvision.transforms import v2
 from antibackdoor.data.core import Data
 from antibackdoor.environment import environment
 from antibackdoor.training.job import Job, make_fabric
-from antibackdoor.training.loop import Fit, Progress, Recipe
+from antibackdoor.training.loop import Progress, Recipe
 from antibackdoor.training.objectives import CrossEntropy
 from antibackdoor.training.scores import logits_of, losses
-from benchmarks.turns import random_images, ratio, rounded, take_turns
+from benchmarks.turns import endless, random_images, ratio, rounded, take_turns
 
 TRAIN, TEST = 50_000, 10_000
 
@@ -92,9 +92,7 @@ def ours(args: argparse.Namespace, fabric: Fabric) -> dict[str, Any]:
     data = random_images(args.samples)
     job = Job(data, model=args.model, fabric=fabric)
     model = job.model()
-    recipe = Recipe(epochs=args.repeats + 1, min_steps=0, batch_size=args.batch)
-    fit = Fit("ours", model, CrossEntropy(), job.data, recipe, fabric=fabric)
-    fit.batch_size, fit.steps = args.batch, args.samples // args.batch
+    fit = endless(job, "ours", model, CrossEntropy(), Recipe(batch_size=args.batch))
     return {
         "our epoch": lambda: fit.run_epoch(Progress()),
         "our scan": lambda: losses(logits_of(model, job.data, fabric), data.y),

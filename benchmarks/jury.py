@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from antibackdoor.defenses.company import Company, second_logits
 from antibackdoor.defenses.jury import Jury
 from antibackdoor.defenses.witness import Witness
 from antibackdoor.training.groups import nearest
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Fit, ParameterGroups, Progress, Recipe
-from antibackdoor.training.objectives import CrossEntropy, Objective
+from antibackdoor.training.loop import Progress
+from antibackdoor.training.objectives import CrossEntropy
 from antibackdoor.training.scores import bonds_of, features_of, logits_of
-from benchmarks.turns import CLASSES, random_images, ratio, rounded, take_turns
+from benchmarks.turns import CLASSES, endless, random_images, ratio, rounded, take_turns
 
 TRAIN = 50_000
 
@@ -99,10 +98,10 @@ def parts_of(job: Job, method: Jury) -> dict[str, Callable[[], object]]:
     """What is measured of a model, by the names of `Costs`: once over all samples each."""
     data, fabric, model, tap = job.data, job.fabric, job.model(), method.tapped(job, "trap")
     plain, strong = (
-        fit(job, name, job.model(name), CrossEntropy(), replace(method.main, augment=name))
+        endless(job, name, job.model(name), CrossEntropy(), replace(method.main, augment=name))
         for name in ("weak", "strong")
     )
-    trap = fit(job, "trap", tap, Witness(job), method.trap, tap.warm_up_parameters())
+    trap = endless(job, "trap", tap, Witness(job), method.trap, tap.warm_up_parameters())
     return {
         "plain": lambda: plain.run_epoch(Progress()),
         "strong": lambda: strong.run_epoch(Progress()),
@@ -122,19 +121,3 @@ def company(method: Jury) -> Callable[[], object]:
     return lambda: Company.of(
         said, given, nearest(features, given, method.neighbors), len(CLASSES), rounds=method.rounds, most=0.65, home=2
     )
-
-
-def fit(
-    job: Job,
-    name: str,
-    model: nn.Module,
-    objective: Objective,
-    recipe: Recipe,
-    only: ParameterGroups | None = None,
-) -> Fit:
-    """A stage without an end, in batches of a large set: small ones get smaller batches by themselves."""
-    recipe = replace(recipe, epochs=10**6, min_steps=0)
-    made = Fit(name, model, objective, job.data, recipe, parameters=only, fabric=job.fabric)
-    made.batch_size = min(recipe.batch_size, len(job.data))
-    made.steps = len(job.data) // made.batch_size
-    return made

@@ -9,11 +9,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from antibackdoor.data.core import Data, Spec
+from antibackdoor.training.job import Job
+from antibackdoor.training.loop import Fit, ParameterGroups, Recipe
+from antibackdoor.training.objectives import Objective
 
 CLASSES = tuple("0123456789")
 
@@ -66,6 +71,24 @@ def _short(value: float) -> float:
 def rounded(seconds: Mapping[str, list[float]]) -> dict[str, list[float]]:
     """For the record."""
     return {name: [_short(value) for value in values] for name, values in seconds.items()}
+
+
+def endless(
+    job: Job,
+    name: str,
+    model: nn.Module,
+    objective: Objective,
+    recipe: Recipe,
+    parameters: ParameterGroups | None = None,
+    *,
+    compiled: bool = False,
+) -> Fit:
+    """A stage without an end, in batches of a large set: small ones get smaller batches by themselves."""
+    recipe = replace(recipe, epochs=10**6, min_steps=0)
+    fit = Fit(name, model, objective, job.data, recipe, parameters=parameters, compiled=compiled, fabric=job.fabric)
+    fit.batch_size = min(recipe.batch_size, len(job.data))
+    fit.steps = len(job.data) // fit.batch_size
+    return fit
 
 
 def random_images(n: int, side: int = 32) -> Data:
