@@ -33,6 +33,7 @@ from antibackdoor.tracking import Tracking
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.launch import Program, check_devices, first, processes
 from antibackdoor.training.loop import Progress
+from antibackdoor.training.objectives import forward
 from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
 
@@ -184,7 +185,7 @@ def train(
             model=outcome.model.eval(),
             spec=splits.train.spec,
             suspects=suspects_table(splits.train, outcome),
-            verdict=_with_collapse(decide(splits.train, outcome), outcome.model, job),
+            verdict=with_collapse(decide(splits.train, outcome), outcome, job),
             metrics=_metrics(splits, outcome, job, experiment),
             history=job.history,
             architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
@@ -324,17 +325,24 @@ ASKED = 2048
 """Training samples, at most, that a finished model is asked about to see whether it tells classes apart at all."""
 
 
-def _with_collapse(verdict: Verdict, model: nn.Module, job: Job) -> Verdict:
-    """The verdict, which says so first where the model gives one answer whatever it is shown."""
+def with_collapse(verdict: Verdict, outcome: Outcome, job: Job) -> Verdict:
+    """The verdict, which says so first where the model gives one answer whatever it is shown, and then clears nothing.
+
+    What such a model found may stand, since its witnesses found it, too; that it found nothing means nothing.
+    """
     rows = torch.linspace(0, len(job.data) - 1, min(len(job.data), ASKED)).long()
-    answers = logits_of(model, job.data, job.fabric, rows).argmax(1).unique()
+    witness, call = outcome.witness or (None, forward)
+    call = call if witness is outcome.model else forward
+    answers = logits_of(outcome.model, job.data, job.fabric, rows, call=call).argmax(1).unique()
     if len(answers) > 1:
         return verdict
     told = (
         f"The model collapsed: it takes all {len(rows):,} training samples that it was asked about for "
-        f"{job.data.spec.classes[int(answers)]!r}. Do not use it; train for more epochs, or at a lower learning rate."
+        f"{job.data.spec.classes[int(answers)]!r}. Do not use it, nor take its word that data are clean; train for "
+        "more epochs, or at a lower learning rate."
     )
-    return replace(verdict, evidence=[told, *verdict.evidence])
+    confidence = verdict.confidence if verdict.poisoned else 0.0
+    return replace(verdict, confidence=confidence, evidence=[told, *verdict.evidence])
 
 
 def _metrics(splits: Splits, outcome: Outcome, job: Job, experiment: Experiment | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from antibackdoor.api import Findings, cost, model_name, open_run, suspects_table
+from antibackdoor.api import Findings, cost, model_name, open_run, suspects_table, with_collapse
 from antibackdoor.attention import attention_of
 from antibackdoor.bench.judge import Experiment, detection_measures
 from antibackdoor.data.core import Data, Splits
@@ -88,7 +88,7 @@ def scan(
         known = {} if experiment is None else {"detection": detection_measures(outcome, experiment.truth)}
         findings = Findings(
             suspects=suspects,
-            verdict=method.verdict(splits.train, outcome),
+            verdict=with_collapse(method.verdict(splits.train, outcome), outcome, job),
             metrics={**known, "cost": cost(job)},
             history=job.history,
             data=splits.train,

@@ -12,6 +12,7 @@ from antibackdoor.api import train
 from antibackdoor.data.batches import Batch, steps_per_epoch
 from antibackdoor.data.core import Data, Spec, check_trainable
 from antibackdoor.errors import InputError
+from antibackdoor.scanning import scan
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.objectives import CrossEntropy, Objective, Step
@@ -174,6 +175,26 @@ def test_a_collapsed_model_is_reported(collapsed: bool) -> None:
     told = "The model collapsed: it takes all 64 training samples that it was asked about for 'class 1'. Do not use it"
     assert result.verdict.evidence[0].startswith(told) == collapsed
     assert collapsed or not any("collapsed" in sentence for sentence in result.verdict.evidence)
+
+
+class Flat(nn.Module):
+    """Has features to judge by, and one answer for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias[1:2], 1e4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_collapsed_network_clears_nothing() -> None:
+    found = scan(toy_images(128), detector="activation_clustering", network=Flat(), device="cpu").verdict
+    assert found.evidence[0].startswith("The model collapsed: it takes all 128 training samples")
+    assert not found.poisoned and found.confidence == 0
 
 
 def test_same_seed_same_result() -> None:

@@ -63,6 +63,27 @@ def test_split_folders_and_a_class_absent_from_the_test_set(folder, tmp_path):
     assert len(load(folder, test=tmp_path / "both" / "val").test) == 3
 
 
+@pytest.mark.parametrize("name", ["test", "validation", "valid", "val"])
+def test_names_of_the_test_folder(folder, tmp_path, name):
+    for split in ("train", name):
+        shutil.copytree(folder, tmp_path / "both" / split)
+    splits = load(tmp_path / "both")
+    assert splits.train.spec.classes == ("cat", "dog") and len(splits.test) == len(splits.train)
+
+
+@pytest.mark.parametrize("train, other", [("Train", "Test"), ("training", "testing"), ("train", "holdout")])
+def test_splits_are_never_read_as_classes(folder, tmp_path, train, other):
+    for split in (train, other):
+        shutil.copytree(folder, tmp_path / "both" / split)
+    with pytest.raises(InputError, match=f"{train} holds folders as .* lies '{other}'; call the two"):
+        load(tmp_path / "both")
+
+
+def test_a_class_may_be_called_train(folder):
+    (folder / "cat").rename(folder / "train")
+    assert load(folder).train.spec.classes == ("dog", "train")
+
+
 def test_unknown_class_in_test_is_refused(folder, tmp_path):
     save(tmp_path / "other" / "bird" / "a.png")
     with pytest.raises(InputError, match="'bird', which the training set does not have"):

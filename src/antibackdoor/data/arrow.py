@@ -19,6 +19,7 @@ import numpy.typing as npt
 from antibackdoor.data.core import Splits
 from antibackdoor.data.images import Size
 from antibackdoor.data.ipc import at_stream, unpacked
+from antibackdoor.data.labels import TEST_NAMES
 from antibackdoor.data.parquet import declared
 from antibackdoor.data.series import Missing
 from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 EXTENSIONS = (".parquet", ".arrow")
 LABELS = ("label", "labels", "fine_label", "target", "class", "y")
 SAMPLES = ("image", "img", "series", "x", "values", "input_values", "data")
-TRAIN, TEST = re.compile(r"(^|[^a-z])train([^a-z]|$)"), re.compile(r"(^|[^a-z])(test|validation|valid|val)([^a-z]|$)")
+TRAIN, TEST = (re.compile(rf"(^|[^a-z])({names})([^a-z]|$)") for names in ("train", "|".join(TEST_NAMES)))
 MAX_GROUP = 2 * 2**30
 """Bytes of one row group of a parquet file, unpacked; that much must fit into memory."""
 BATCH_BYTES = 2**28
@@ -176,7 +177,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
             raise InputError(f"{path / 'dataset_dict.json'} does not name the splits.")
         found = {name: _saved(path / name, path) for name in splits}
         train = found.get("train") or (next(iter(found.values())) if len(found) == 1 else [])
-        return train, next((found[n] for n in ("test", "validation", "valid", "val") if n in found), [])
+        return train, next((found[n] for n in TEST_NAMES if n in found), [])
     if (path / "state.json").is_file():
         return _saved(path, path), []
     files = sorted(found_in(path, EXTENSIONS))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
-from antibackdoor.data.labels import number
+from antibackdoor.data.labels import TEST_NAMES, number
 from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, visible
 from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
@@ -40,7 +40,6 @@ MAX_SCANS = 100
 """Scans of a JPEG; honest ones have some 10, each goes over all pixels, and a scan of no change takes 12 bytes."""
 MAX_SIDE = 64
 MAX_DEPTH = 64
-TEST_NAMES = ("test", "val", "valid")
 FILES = 4096
 """Files that are handed to the threads at a time."""
 Size: TypeAlias = int | tuple[int, int] | None
@@ -95,16 +94,25 @@ def load_folder(
     skip_unreadable: bool = False,
     memory_map: bool | None = False,
 ) -> Splits:
-    """A folder of class folders, or one that holds `train` and `test` (or `val`, `valid`) folders of them.
+    """A folder of class folders, or one that holds a folder of them called `train` and one of `TEST_NAMES`.
 
     Classes are the folder names in plain text order; ids are paths relative to the folder. All images become RGB of one
     size: `image_size` squared (or a width and a height) or, if None, the training set's most common size with each side
     capped at 64 pixels. memory_map: see `Pack`.
     Raises InputError for files that are no readable images (all counted, the first five named) unless
-    `skip_unreadable`, and for links that lead out of the folder.
+    `skip_unreadable`, for links that lead out of the folder, and for a folder of class folders whose name begins with
+    "train" among folders that are no other split: classes would be read as splits or the other way round.
     """
     inside = {entry.name for entry in _visible(root) if entry.is_dir()}
-    split = "train" in inside and inside <= {"train", *TEST_NAMES} and any(e.is_dir() for e in _visible(root / "train"))
+    trains = [name for name in sorted(inside) if name.lower().startswith("train") and has_class_folders(root / name)]
+    split = trains == ["train"] and inside <= {"train", *TEST_NAMES}
+    if trains and not split:
+        others = ", ".join(repr(name) for name in sorted(inside - {trains[0]})[:3])
+        raise InputError(
+            f"{root / trains[0]} holds folders as a training set does, but beside it "
+            f"{f'lies {others}' if others else 'lies nothing'}; call the two 'train' and 'test', or give the "
+            "training set alone (and the other with --test)."
+        )
     train = _list_folder(root, root / "train" if split else root)
     held = None
     if test is not None:
@@ -122,7 +130,7 @@ def load_manifest(
     skip_unreadable: bool = False,
     memory_map: bool | None = False,
 ) -> Splits:
-    """A CSV file with the columns path, label and, optionally, split (train, test, val or valid).
+    """A CSV file with the columns path, label and, optionally, split (train, or one of `TEST_NAMES`).
 
     Paths are relative to the CSV's folder and must stay inside of it; they are the ids. Sizes, classes, errors and
     memory_map as for `load_folder`.

@@ -1,4 +1,4 @@
-"""Class names to numbers, the same way for every reader."""
+"""Names of classes and of splits, the same for every reader."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from antibackdoor.errors import InputError
 from antibackdoor.limits import MAX_NAME
+
+TEST_NAMES = ("test", "validation", "valid", "val")
+"""What the part of a set that nothing is trained on may be called; the first of these that is there is taken."""
 
 
 def number(names: Sequence[str], ids: Sequence[str], classes: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:

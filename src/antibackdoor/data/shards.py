@@ -17,6 +17,7 @@ import numpy.typing as npt
 from antibackdoor.data.core import Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import Size
+from antibackdoor.data.labels import TEST_NAMES
 from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Missing
 from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
@@ -25,7 +26,6 @@ from antibackdoor.limits import MAX_SAMPLE
 
 EXTENSION = ".tar"
 LABELS = ("cls", "label", "txt", "json")
-TEST_NAMES = ("test", "val", "valid", "validation")
 MAX_MEMBERS = 100_000_000
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, Size, box_of, decode_image, in_threads
-from antibackdoor.data.labels import number
+from antibackdoor.data.labels import TEST_NAMES, number
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, visible
@@ -30,7 +30,7 @@ CHUNK = 256
 """Encoded images in memory at a time."""
 CHUNK_BYTES = 256 * 2**20
 """Bytes of encoded images in memory at a time."""
-PLACES = ("data", "train", "test", "validation", "valid", "val")
+PLACES = ("data", "train", *TEST_NAMES)
 
 Item = TypeVar("Item")
 
