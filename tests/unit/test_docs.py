@@ -5,8 +5,6 @@ import re
 import runpy
 import shlex
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
 import yaml
 from PIL import Image
@@ -14,7 +12,6 @@ from typer.main import get_command
 
 import antibackdoor
 from antibackdoor.attacks import ATTACKS
-from antibackdoor.bench.grid import read_grid
 from antibackdoor.cli import app
 from antibackdoor.threats import references
 
@@ -26,7 +23,7 @@ def test_pages_and_figures_are_made_from_the_ledger() -> None:
     for name, text in pages.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"run docs/build_results.py: {name} is old"
     assert pages["results.md"].count("| e2abl |") >= 1
-    assert pages["reproduction.md"].count("\n## ") >= 16
+    assert sum(text.count("\n## ") for name, text in pages.items() if name.startswith("reproduction/")) >= 16
     figures = {f"figures/{path.name}" for path in (ROOT / "docs" / "figures").glob("*.svg")}
     assert figures == {name for name in pages if name.endswith(".svg")}
 
@@ -106,33 +103,6 @@ def test_the_page_of_hostile_data_says_how_much_was_fuzzed() -> None:
     )
     assert f"{amount} on {len(fuzz['targets'])} targets, and nothing broke" in text and fuzz["broken"] == 0
     assert {row["target"] for row in fuzz["targets"]} == {path.name for path in (ROOT / "fuzz" / "corpus").iterdir()}
-
-
-def test_the_filtering_figure_is_made_from_records() -> None:
-    build = runpy.run_path(str(ROOT / "docs" / "build_filtering.py"))
-
-    def record(attack: str, seed: int, hits: float) -> dict[str, Any]:
-        rates = {rate: {"value": hits} for rate in ("0.01", "0.05", "0.1")}
-        found = {"precision_at": rates, "auroc": {"value": hits}, "verdict": {"poisoned": hits > 0.5}}
-        measures = {"detectors": {"loss": found, "entropy": found}}
-        return {"cell": {"data": "d", "attack": attack, "seed": seed}, "measures": measures}
-
-    records = [record("badnets", 0, 1.0), record("badnets", 1, 0.5), record("sig", 0, 0.2), record("none", 0, 0.1)]
-    panels = build["series"](records)
-    assert list(panels) == [("d", "badnets"), ("d", "sig")]  # a clean set has nothing to filter
-    assert panels["d", "badnets"]["loss"] == {0.01: [1.0, 0.5], 0.05: [1.0, 0.5], 0.1: [1.0, 0.5]}
-    drawing = ElementTree.fromstring(build["drawing"](panels))
-    lines = drawing.findall("{http://www.w3.org/2000/svg}polyline")
-    assert len(lines) == 4 and len({line.get("points") for line in lines}) == 2
-    table = build["table"](records)
-    assert table["precision, top 1 %"].tolist() == ["75.0"] * 2 + ["10.0"] * 2 + ["20.0"] * 2
-    assert table["says poisoned"].tolist()[0] == "1 of 2"
-
-
-def test_the_grid_of_the_filtering_figure_can_be_read() -> None:
-    cells = read_grid(ROOT / "experiments" / "filtering.toml").cells()
-    assert {cell.attack for cell in cells} >= {"badnets", "blend", "sig", "none"}
-    assert all(cell.detectors for cell in cells)
 
 
 def test_every_command_that_a_page_names_exists() -> None:

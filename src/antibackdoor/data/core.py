@@ -120,7 +120,10 @@ class Data:
         return pieces(self.x)
 
     def fingerprint(self) -> str:
-        """A content hash of samples, labels, ids and spec; equal for the same data in memory or on disk."""
+        """A content hash of samples, labels, ids and spec; equal for the same data in memory or on disk.
+
+        128 of SHA-256's bits: the data come from whoever might want two sets to be taken for each other.
+        """
         digest = hashlib.sha256(repr(self.spec).encode())
         digest.update(self.y.cpu().numpy().astype("<i8").tobytes())
         digest.update("\x00".join(self.ids).encode("utf-8", "surrogatepass"))
@@ -128,7 +131,7 @@ class Data:
             digest.update(self.lengths.cpu().numpy().astype("<i8").tobytes())
         for rows in self.chunks():
             digest.update(np.ascontiguousarray(self.x[rows].cpu().numpy()).tobytes())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:32]
 
 
 def _is_text(name: str) -> bool:

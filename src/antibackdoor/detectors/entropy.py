@@ -11,7 +11,7 @@ from antibackdoor.training.job import Job
 from antibackdoor.training.scores import entropies, logits_of
 
 
-@DETECTORS.register("entropy", paper="Wu et al. 2025, Deep learning with active unlearning against backdoors (DLP)")
+@DETECTORS.register("entropy", paper="Ying and Wu 2023, DLP: towards active defense against backdoor attacks")
 @options
 class Entropy(Ranking):
     """Minus the entropy of each prediction: triggered samples get the surest answers.

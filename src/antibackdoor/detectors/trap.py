@@ -1,4 +1,4 @@
-"""The default of `scan`: the front part of the default defense, without the long training."""
+"""E2ABL as a detector: up to its verdict, without the long training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default of `scan`: the witnesses of the default defense, without the training of a model."""
+"""The witnesses of the default defense, without the training of a model."""
 
 from __future__ import annotations
 

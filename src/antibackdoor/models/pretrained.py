@@ -53,7 +53,7 @@ def fingerprint(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:32]
 
 
 def take_weights(model: nn.Module, weights: Mapping[str, Tensor], where: object) -> list[str]:
