@@ -178,6 +178,13 @@ def test_the_name_of_a_cell_follows_its_settings() -> None:
     assert one.name() == same.name() == explicit.name() != other.name()
 
 
+def test_a_new_version_of_a_defense_renames_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, other = Cell(defense="nad"), Cell(defense="none")
+    before = cell.name(), other.name()
+    monkeypatch.setattr(DEFENSES["nad"].make, "version", 1000)
+    assert cell.name() != before[0] and other.name() == before[1]
+
+
 def test_names_of_results_stand() -> None:
     ledger = Path(__file__).resolve().parents[2] / "results" / "first-results-series"
     name, record = next(iter(read_ledger(ledger).items()))

@@ -89,6 +89,8 @@ class Cell:
         defense = values(method)
         changes = dict(self.defense_options)
         own = {name: value for name, value in values(self).items() if value is not None and name != "clean_share"}
+        if method.version > 1:
+            own["defense_version"] = method.version
         if "clean" in method.needs:
             own["clean_share"] = self.clean_share or CLEAN_SHARE
         if self.detectors is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Recipe, Steps
+from antibackdoor.training.loop import Recipe, Repair
 from antibackdoor.training.objectives import Objective, Step
-from antibackdoor.training.scores import logits_of
 
 Noise = list[tuple[Tensor, Tensor]]
 """For each layer, relative changes of its weight and of its bias, `(channels,)` each."""
@@ -128,25 +127,22 @@ class ANP(Defense):
     Channels whose mask ends under `threshold` are pruned.
 
     Deviations: noise stays within [-epsilon, epsilon], as in the formula (the code lets a random start and one step add
-    up); networks without batch norm are masked at their convolutions. The threshold is fixed, or chosen on the clean
-    samples (profile "adaptive"); never by test accuracy or attack success, as in some benchmarks.
+    up); networks without batch norm are masked at their convolutions. The threshold is fixed, never chosen by test
+    accuracy or attack success, as in some benchmarks. As in the code, batch norms judge in the end with the statistics
+    from before the pruning, although masks are learned with those of each batch.
     """
 
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
-    profiles: ClassVar[dict[str, dict[str, Any]]] = {"adaptive": {"max_drop": 0.02}}
 
     training: Annotated[Recipe, Field(description="training of the undefended model")] = Recipe()
-    masking: Annotated[Steps, Field(description="training of the masks on the clean samples")] = Steps(
+    masking: Annotated[Repair, Field(description="training of the masks on the clean samples")] = Repair(
         epochs=1, min_steps=2000, learning_rate=0.2, weight_decay=0.0, schedule="constant"
     )
     epsilon: Annotated[float, Field(ge=0, description="largest relative change of a neuron")] = 0.4
     alpha: Annotated[float, Field(ge=0, le=1, description="weight of the loss without noise")] = 0.2
     steps: Annotated[int, Field(ge=1, description="signed gradient steps to the worst noise")] = 1
     threshold: Annotated[float, Field(ge=0, le=1, description="masks under this are pruned")] = 0.2
-    max_drop: Annotated[
-        float | None,
-        Field(ge=0, le=1, description="highest threshold that costs no more clean accuracy"),
-    ] = None
 
     def run(self, job: Job) -> Outcome:
         """Train, learn the masks, prune."""
@@ -156,23 +152,5 @@ class ANP(Defense):
         objective = Shaken(self.epsilon, self.alpha, self.steps)
         job.fit("masking", masked, objective, self.masking, data=clean, parameters=masked.masks.parameters())
         model.load_state_dict(before)  # training the masks moves the statistics of batch norms
-        threshold = self.threshold if self.max_drop is None else self._threshold(job, masked, before)
-        pruned = masked.prune(threshold)
-        return without_suspects(model, len(job.data), {"pruned_neurons": pruned, "threshold": threshold}, before)
-
-    def _threshold(self, job: Job, masked: Masked, before: dict[str, Tensor]) -> float:
-        """The highest of 0.05, 0.1 ... 0.95 up to which accuracy on the clean samples falls by at most `max_drop`."""
-        assert self.max_drop is not None
-        y, chosen = job.clean.y.cpu(), 0.0
-
-        def accuracy() -> float:
-            return float((logits_of(masked.model, job.clean, job.fabric).argmax(1) == y).double().mean())
-
-        start = accuracy()
-        for threshold in (step / 20 for step in range(1, 20)):
-            masked.prune(threshold)
-            if start - accuracy() > self.max_drop + 1e-9:
-                break
-            chosen = threshold
-        masked.model.load_state_dict(before)
-        return chosen
+        pruned = masked.prune(self.threshold)
+        return without_suspects(model, len(job.data), {"pruned_neurons": pruned}, before)

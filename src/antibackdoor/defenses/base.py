@@ -76,6 +76,8 @@ class Defense(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """What it must be given beyond the untrusted set; empty for all that deserve the name."""
+    version: ClassVar[int] = 1
+    """Raised when the same settings come to other results: the ledger then has the cells of this method run again."""
     profiles: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named settings, chosen as "name:profile", for example "e2abl:paper"."""
 

@@ -16,7 +16,7 @@ from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call, feature_map, undisturbed
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Recipe
+from antibackdoor.training.loop import Recipe, Repair
 from antibackdoor.training.objectives import CrossEntropy
 from antibackdoor.training.scores import logits_of
 
@@ -95,13 +95,14 @@ class FinePruning(Defense):
     sets get a floor of steps. Profile "e2abl": no fine-tuning, as in the E2ABL paper's comparison.
     """
 
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     profiles: ClassVar[dict[str, dict[str, Any]]] = {"e2abl": {"fine_tuning": None}}
 
     training: Annotated[Recipe, Field(description="training of the undefended model")] = Recipe()
     max_drop: Annotated[float, Field(ge=0, le=1, description="accuracy on clean samples that pruning may cost")] = 0.04
     step: Annotated[float, Field(gt=0, le=1, description="share of the channels that is cut at a time")] = 0.01
-    fine_tuning: Annotated[Recipe | None, Field(description="on the clean samples; null: none")] = Recipe(
+    fine_tuning: Annotated[Repair | None, Field(description="on the clean samples; null: none")] = Repair(
         epochs=10, min_steps=200, batch_size=64, learning_rate=0.01
     )
 

@@ -17,7 +17,7 @@ from antibackdoor.defenses.none import trained, without_suspects
 from antibackdoor.models.blocks import feature_map, stages
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
-from antibackdoor.training.loop import Recipe
+from antibackdoor.training.loop import Recipe, Repair
 from antibackdoor.training.objectives import CrossEntropy, Step, forward
 
 
@@ -85,13 +85,14 @@ class NAD(Defense):
     trained without augmentation, so it is a fair question to a row of this method.
     """
 
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
 
     training: Annotated[Recipe, Field(description="training of the undefended model")] = Recipe()
-    teacher: Annotated[Recipe, Field(description="fine-tuning of the teacher on the clean samples")] = Recipe(
+    teacher: Annotated[Repair, Field(description="fine-tuning of the teacher on the clean samples")] = Repair(
         epochs=10, min_steps=200, batch_size=64, learning_rate=0.04, weight_decay=1e-4
     )
-    distillation: Annotated[Recipe, Field(description="training of the student on the clean samples")] = Recipe(
+    distillation: Annotated[Repair, Field(description="training of the student on the clean samples")] = Repair(
         epochs=20, min_steps=400, batch_size=64, learning_rate=0.04, weight_decay=1e-4
     )
     betas: Annotated[

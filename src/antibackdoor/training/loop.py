@@ -80,6 +80,19 @@ class Steps(Recipe):
         return math.ceil(self._passes(n) / self.passes_for(n))
 
 
+@options
+class Repair(Steps):
+    """A budget for few samples that are known to be clean: batches as published, or all samples at once.
+
+    The published learning rates are for such batches, and in smaller ones batch norms see too few samples to keep what
+    the network knows.
+    """
+
+    def batch_for(self, n: int) -> int:
+        """The batch size as asked for, of n samples at most."""
+        return min(self.batch_size, n)
+
+
 @dataclass
 class Progress:
     """Where the loop tells how far it is; the command line shows it, everything else ignores it."""
