@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,14 @@ def shifts(x: torch.Tensor) -> list[torch.Tensor]:
     padded = F.pad(x, (w // 8, w // 8, h // 8, h // 8))
     crops = [padded[:, i : i + h, j : j + w] for i in range(2 * (h // 8) + 1) for j in range(2 * (w // 8) + 1)]
     return crops + [crop.flip(2) for crop in crops]
+
+
+@pytest.mark.parametrize("name", ["weak", "strong"])
+def test_images_that_mean_something_else_mirrored_are_not(name: str) -> None:
+    x, spec = image()
+    plain, never = (AUGMENTATIONS[name](x, s, seeded(3)) for s in (spec, replace(spec, mirror=False)))
+    same = AUGMENTATIONS[name](x, spec, seeded(3), flip=False)
+    assert torch.equal(never, same) and not torch.equal(never, plain)
 
 
 def test_weak_crop_equals_a_loop_over_rows():

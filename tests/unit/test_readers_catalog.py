@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from antibackdoor.data import catalog
+from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.catalog import CATALOG, load_named, read_cifar10
 from antibackdoor.data.core import check_trainable
 from antibackdoor.data.load import load
@@ -28,6 +29,19 @@ def test_embedded_sets():
     assert vowels.train.lengths.max() == 26 and len(vowels.train.spec.classes) == 9
     for splits in (digits, vowels):
         check_trainable(splits.train)
+
+
+def test_signs_and_digits_are_never_mirrored_also_after_a_round_trip(tmp_path):
+    np.savez(tmp_path / "gtsrb.npz", **toy())
+    np.savez(tmp_path / "cifar10.npz", **toy())
+    assert load("cifar10", data_root=tmp_path).train.spec.mirror
+    signs = load("gtsrb", data_root=tmp_path)
+    write_npz(tmp_path / "mine.npz", signs)
+    again = load(tmp_path / "mine.npz")
+    assert not signs.train.spec.mirror and not again.train.spec.mirror and not load("digits").test.spec.mirror
+    told = load(tmp_path / "mine.npz", mirror=True)
+    assert told.train.spec.mirror and told.source["mirror"] is True
+    assert again.train.fingerprint() == signs.train.fingerprint() != told.train.fingerprint()
 
 
 def test_entries_tell_what_they_are():

@@ -172,6 +172,15 @@ class ReadingSets(Reading):
             rich_help_panel=DATA,
         ),
     ] = None
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            help="Whether training may mirror images; not signs and text.",
+            show_default="yes, unless the data say no",
+            rich_help_panel=DATA,
+        ),
+    ] = None
     test: Annotated[
         str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.", rich_help_panel=DATA)
     ] = None

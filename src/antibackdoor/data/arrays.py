@@ -64,6 +64,10 @@ def load_samples_npz(path: Path, missing: Missing = "refuse") -> tuple[Data, boo
     return part.read(None), part.labeled
 
 
+NO_MIRROR = "no_mirror"
+"""An array of this name, whatever it holds, says that training must not mirror the images."""
+
+
 def write_npz(path: Path, splits: Splits) -> None:
     """Write such a file atomically, ids and value range kept: reading it again gives the same fingerprints."""
     _write(path, {"train": splits.train, "test": splits.test})
@@ -81,6 +85,8 @@ def _write(path: Path, parts: Mapping[str, Data | None]) -> None:
             continue
         spec, key = data.spec, partial(_Part._key, suffix=suffix)
         members["classes"] = np.asarray(spec.classes, dtype=np.str_)
+        if not spec.mirror:
+            members[NO_MIRROR] = np.array(True)
         if spec.kind == "series":
             members["value_range"] = np.array([spec.low, spec.high])
         x = torch.cat([data.x[rows].cpu() for rows in data.chunks()]).numpy() if len(data) else np.empty(data.x.shape)
@@ -205,7 +211,7 @@ class _Part:
                 for rows, block in zip(range(0, len(raw), raw.step), raw.blocks(), strict=True):
                     whole[rows : rows + raw.step] = block.transpose(0, 3, 1, 2)
                 x = torch.from_numpy(whole)
-            return Data(x, labels, Spec("image", tuple(x.shape[1:]), classes), ids)
+            return Data(x, labels, Spec("image", tuple(x.shape[1:]), classes, mirror=not self.has(NO_MIRROR)), ids)
         x, lengths = self._series(raw, ids, where)
         low, high = self._range(x, where) if train is None else (train.low, train.high)
         spec = Spec("series", tuple(x.shape[1:]), classes, low, high)

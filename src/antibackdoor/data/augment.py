@@ -33,12 +33,12 @@ def none(x: Tensor, spec: Spec, generator: Generator, lengths: Tensor | None = N
 
 
 def weak(x: Tensor, spec: Spec, generator: Generator, lengths: Tensor | None = None, *, flip: bool = True) -> Tensor:
-    """Images: shift by up to an eighth of a side, and mirror every other one unless `flip` is False.
+    """Images: shift by up to an eighth of a side, and mirror every other one unless `flip` or the spec forbids it.
 
     Series: noise of 0.03 standard deviations, a scale of N(1, 0.1) a channel and a shift of up to 5 % in time.
     """
     if spec.kind == "image":
-        return _shift_and_flip(x, generator, flip)
+        return _shift_and_flip(x, generator, flip and spec.mirror)
     n, _, length = x.shape
     count = _counts(x, lengths)
     moved = torch.round(_uniform((n, 1), -0.05, 0.05, generator, x) * count)
@@ -69,7 +69,7 @@ def strong(
     Deviation from RandAugment: changes come in a fixed order, so that each is computed once for the whole batch.
     """
     if spec.kind == "image":
-        x = _shift_and_flip(x, generator, flip)
+        x = _shift_and_flip(x, generator, flip and spec.mirror)
         _, colors, moves = _pick(len(x), 14, operations, generator, x).split([1, 8, 5], dim=1)
         x = _move(_recolor(x, colors, generator, magnitude), moves, generator, magnitude)
         return _cutout(x.clamp(0, 1), generator, hole)

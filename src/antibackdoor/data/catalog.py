@@ -26,7 +26,7 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 @dataclass(frozen=True)
 class Entry:
-    """One named data set; `fetch` downloads it into a folder, or makes it where it is embedded."""
+    """One named data set; `fetch` downloads it into a folder, or makes it where it is embedded; mirror: see `Spec`."""
 
     name: str
     kind: Kind
@@ -35,6 +35,7 @@ class Entry:
     terms: str
     fetch: Callable[[Path], Splits] | None = None
     embedded: bool = False
+    mirror: bool = True
 
 
 def load_named(
@@ -171,7 +172,7 @@ _ENTRIES = (
     Entry("cifar10", "image", "50,000 + 10,000 photos, 32x32, 10 classes", "Krizhevsky 2009",
           "no licence named, cite the technical report", _fetch_cifar10),
     Entry("gtsrb", "image", "39,209 + 12,630 traffic signs, 32x32, 43 classes", "Stallkamp et al. 2012",
-          "free for research, cite the paper", _fetch_gtsrb),
+          "free for research, cite the paper", _fetch_gtsrb, mirror=False),
     Entry("imagenette", "image", "9,469 + 3,925 photos, 64x64, 10 easy classes of ImageNet", "fastai, Deng et al. 2009",
           "Apache-2.0; the photos under ImageNet's terms (non-commercial research)", _fetch_imagenette),
     Entry("ecg5000", "series", "500 + 4,500 heartbeats, 1x140, 5 classes, very unbalanced", "UCR archive", _ARCHIVE,
@@ -183,7 +184,8 @@ _ENTRIES = (
     Entry("arabic_digits", "series", "6,600 + 2,200 spoken digits, 13 x 4..93, 10 classes (1 less each if downloaded)",
           "UCI, Hammami and Bedda 2010", "CC BY 4.0", _fetch_series("SpokenArabicDigits")),
     Entry("digits", "image", "1,297 + 500 handwritten digits, 8x8 enlarged to 16x16, 10 classes; embedded",
-          "UCI optdigits through scikit-learn, Alpaydin and Kaynak 1998", "CC BY 4.0", _make_digits, embedded=True),
+          "UCI optdigits through scikit-learn, Alpaydin and Kaynak 1998", "CC BY 4.0", _make_digits, embedded=True,
+          mirror=False),
     Entry("japanese_vowels", "series", "270 + 370 spoken vowels, 12 x up to 29, 9 speakers; embedded",
           "UCI, Kudo, Toyama and Shimbo 1999", "CC BY 4.0", _read_japanese_vowels, embedded=True),
 )  # fmt: skip

@@ -42,6 +42,7 @@ class Spec:
 
     kind: "image", stored as uint8 `(C, H, W)`, or "series", stored as float32 `(C, T)`.
     low, high: the range that values keep. Images: 0 and 1 (after division by 255). Series: range of the training data.
+    mirror: whether a mirrored image is still of its class, so that training may mirror it; signs and text are not.
     """
 
     kind: Kind
@@ -49,6 +50,7 @@ class Spec:
     classes: tuple[str, ...]
     low: float = 0.0
     high: float = 1.0
+    mirror: bool = field(default=True, repr=False)
 
     def decode(self, stored: Tensor) -> Tensor:
         """Stored rows -> float32, images in [0, 1]."""
@@ -125,6 +127,7 @@ class Data:
         128 of SHA-256's bits: the data come from whoever might want two sets to be taken for each other.
         """
         digest = hashlib.sha256(repr(self.spec).encode())
+        digest.update(b"" if self.spec.mirror else b"never mirrored")
         digest.update(self.y.cpu().numpy().astype("<i8").tobytes())
         digest.update("\x00".join(self.ids).encode("utf-8", "surrogatepass"))
         if self.lengths is not None:

@@ -38,6 +38,7 @@ def load(
     skip_unreadable: bool = False,
     memory_map: bool | None = None,
     data_root: Path | None = None,
+    mirror: bool | None = None,
 ) -> Splits:
     """Read a data set: a path goes before a name of the catalog.
 
@@ -51,12 +52,14 @@ def load(
     memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once in $ANTIBACKDOOR_CACHE (else
         ~/.cache/antibackdoor); the same results as in memory. None: where they would fill a quarter of the memory.
     data_root: where NAME.npz files of the catalog lie.
+    mirror: False where mirrored images mean something else (signs, text), so that training must not mirror them. None:
+        as the data say, if they do; else they may be.
     Raises InputError, one sentence, for everything that cannot be read or does not fit together.
     """
     if not isinstance(source, str | Path):
         if isinstance(test, str | Path):
             raise InputError("the test set of a torch Dataset must be a Dataset too.")
-        return load_dataset(source, test=test, image_size=image_size, missing=missing)
+        return _mirrored(load_dataset(source, test=test, image_size=image_size, missing=missing), mirror)
     if test is not None and not isinstance(test, str | Path):
         raise InputError("a torch Dataset as test set goes with a Dataset as training set only.")
     splits = _load(source, test, image_size, missing, skip_unreadable, memory_map, data_root)
@@ -68,8 +71,20 @@ def load(
         "skip_unreadable": skip_unreadable,
         "memory_map": memory_map,
         "data_root": None if data_root is None else _place(data_root),
+        "mirror": mirror,
     }
-    return replace(splits, source=told)
+    if mirror is None and not Path(source).exists():
+        mirror = None if CATALOG[str(source)].mirror else False
+    return replace(_mirrored(splits, mirror), source=told)
+
+
+def _mirrored(splits: Splits, mirror: bool | None) -> Splits:
+    """With the user's word on whether images may be mirrored, if there is one."""
+    if mirror is None or mirror == splits.train.spec.mirror:
+        return splits
+    spec = replace(splits.train.spec, mirror=mirror)
+    held = None if splits.test is None else replace(splits.test, spec=replace(splits.test.spec, mirror=mirror))
+    return replace(splits, train=replace(splits.train, spec=spec), test=held)
 
 
 def at_hand(source: str, data_root: Path | None = None) -> bool:

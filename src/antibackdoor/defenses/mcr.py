@@ -97,8 +97,8 @@ class MCR(Defense):
     samples. Clean accuracy is low in loss all along; the backdoor, which no clean sample asks for, fades in the middle.
 
     Batch statistics are taken anew at the point. Deviations: the paper picks t by looking at the attack; here it is the
-    middle, since accuracy on the clean samples, which the curve was trained on, tells nothing; small sets get a floor of
-    steps.
+    middle, since accuracy on the clean samples, which the curve was trained on, tells nothing; small sets get a floor
+    of steps.
     """
 
     version: ClassVar[int] = 2

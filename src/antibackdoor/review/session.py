@@ -81,6 +81,7 @@ class Told(BaseModel):
     skip_unreadable: bool = False
     memory_map: bool | None = None
     data_root: Path | None = None
+    mirror: bool | None = None
 
 
 def _read_again(folder: Path, source: str | None) -> Splits:
