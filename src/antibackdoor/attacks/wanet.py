@@ -28,7 +28,7 @@ class WaNet(Attack):
     `t + stretch * L * field(t)`, L the length of that series; in between by linear interpolation. Cover samples carry
     the field plus a jitter of their own, up to half a pixel or `stretch * L` steps: they teach the exact field.
     Data-poisoning version: the paper controls training and draws poison and cover anew in every batch. Its strength is
-    0.5; poisoned once, a small network needs more.
+    0.5, and it has twice as many cover samples as poisoned ones; poisoned once, a small network needs more strength.
     """
 
     rate: Annotated[float, Field(ge=0, le=1, description="poisoned share of the whole set")] = 0.1
