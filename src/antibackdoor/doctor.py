@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from antibackdoor.data.catalog import CATALOG
 from antibackdoor.data.core import Spec
+from antibackdoor.environment import version_of
 from antibackdoor.limits import memory
 from antibackdoor.models import create
 from antibackdoor.training.job import make_fabric
@@ -32,7 +33,7 @@ def examine(data_root: Path | None = None) -> dict[str, Any]:
     """Everything that is known of this machine, as plain JSON values; `problems` holds a sentence for each fault."""
     root = data_root or (Path(os.environ[ROOT]) if os.environ.get(ROOT) else None)
     found: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
         "devices": _devices(),
         "data": {
             "root": None if root is None else str(root),
@@ -107,7 +108,7 @@ def _extras() -> dict[str, str]:
         name = re.match(r"[A-Za-z0-9._-]+", line)
         if extra and name and name.group() != "antibackdoor":
             needed.setdefault(extra.group(1), []).append(name.group())
-    missing = {extra: [name for name in names if _version(name) is None] for extra, names in needed.items()}
+    missing = {extra: [name for name in names if version_of(name) is None] for extra, names in needed.items()}
     return {
         extra: f"missing {', '.join(names)}: pip install 'antibackdoor[{extra}]'" if names else "installed"
         for extra, names in missing.items()
@@ -124,13 +125,6 @@ def _problems(found: dict[str, Any], root: Path | None) -> Any:
     for name, number in found["versions"].items():
         if number is None and name != "antibackdoor":
             yield f"{name} is not installed as a package; reinstall antibackdoor."
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _words(value: Any) -> str:

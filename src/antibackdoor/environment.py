@@ -17,17 +17,18 @@ def environment(fabric: Fabric) -> dict[str, Any]:
     device = fabric.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "antibackdoor": _version("antibackdoor"),
+        "antibackdoor": version_of("antibackdoor"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": _version("numpy"),
+        "numpy": version_of("numpy"),
         "device": f"{device.type} ({name}, {torch.backends.cpu.get_cpu_capability()})",
         "precision": str(fabric._precision.precision),
         "commit": _commit(),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

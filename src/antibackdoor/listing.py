@@ -90,7 +90,7 @@ def _rows(group: str) -> list[Row]:
         {
             "name": entry.name,
             "kinds": list(entry.kinds),
-            "needs": sorted({*entry.needs, *getattr(entry.make, "needs", ())}),
+            "needs": sorted(getattr(entry.make, "needs", ())),
             "description": entry.description,
             "paper": entry.paper,
         }

@@ -20,7 +20,6 @@ class Entry(Generic[T]):
     description: str
     paper: str
     kinds: tuple[str, ...]
-    needs: tuple[str, ...]
 
 
 class Registry(Generic[T]):
@@ -31,7 +30,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, Entry[T]] = {}
 
     def register(
-        self, name: str, *, paper: str = "", kinds: tuple[str, ...] = ("image", "series"), needs: tuple[str, ...] = ()
+        self, name: str, *, paper: str = "", kinds: tuple[str, ...] = ("image", "series")
     ) -> Callable[[Any], Any]:
         """Class or function decorator; a name taken twice or a missing docstring is a programming error."""
 
@@ -41,7 +40,7 @@ class Registry(Generic[T]):
             if not (make.__doc__ or "").strip():
                 raise RuntimeError(f"{self.what} {name!r} has no docstring")
             description = make.__doc__.strip().splitlines()[0]
-            self._entries[name] = Entry(name, make, description, paper, kinds, needs)
+            self._entries[name] = Entry(name, make, description, paper, kinds)
             return make
 
         return add

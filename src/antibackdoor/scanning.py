@@ -61,8 +61,7 @@ def scan(
         "detector": {"name": name, "options": values(method)},
         "model": model_name(model if network is None else network),
     }
-    if network is not None and method.watches_training:
-        raise InputError(f"the detector {name!r} watches a training of its own, so it cannot judge with a network.")
+    method.refuse(network)
     with open_run(
         data,
         config,

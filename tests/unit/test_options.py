@@ -98,7 +98,7 @@ def test_profiles() -> None:
 def test_registry() -> None:
     things: Registry[Any] = Registry("thing")
 
-    @things.register("b", paper="P", kinds=("image",), needs=("clean",))
+    @things.register("b", paper="P", kinds=("image",))
     def b() -> None:
         """Say b.
 
@@ -107,12 +107,7 @@ def test_registry() -> None:
 
     things.register("a")(b)
     assert [entry.name for entry in things] == ["a", "b"] and "a" in things and "c" not in things
-    assert (things["b"].description, things["b"].paper, things["b"].kinds, things["b"].needs) == (
-        "Say b.",
-        "P",
-        ("image",),
-        ("clean",),
-    )
+    assert (things["b"].description, things["b"].paper, things["b"].kinds) == ("Say b.", "P", ("image",))
     with pytest.raises(RuntimeError, match="registered twice"):
         things.register("a")(b)
     with pytest.raises(RuntimeError, match="no docstring"):

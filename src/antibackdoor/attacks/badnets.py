@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from antibackdoor.attacks.base import ATTACKS, Attack, State, channel_statistics
+from antibackdoor.attacks.stamp import check_size
 from antibackdoor.data.core import Data, Spec
-from antibackdoor.errors import InputError
 from antibackdoor.options import options
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class BadNets(Attack):
     def check(self, data: Data) -> None:
         """The patch must fit into the image."""
         super().check(data)
-        if data.spec.kind == "image" and self.size > min(data.spec.shape[1:]):
-            raise InputError(f"a patch of {self.size} pixels does not fit into images of {data.spec.shape[1:]}.")
+        check_size(self.size, data)
 
     def trigger(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
         """Stamp the patch, or write the zigzag before each series' own end."""

@@ -51,7 +51,7 @@ class Detector(ABC):
 
     def refuse(self, model: nn.Module | None) -> None:
         """InputError where a finished network was given to a detector that watches a training."""
-        if model is not None:
+        if model is not None and self.watches_training:
             raise InputError("this detector watches a training of its own, so it cannot judge with a finished network.")
 
     @property

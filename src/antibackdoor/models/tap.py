@@ -43,8 +43,8 @@ class Tap(nn.Module):
     """A backbone with a second head behind its block `at`.
 
     at: a name from `find_taps`; None: `choose_tap` decides. example: a few input rows, on any device.
-    channels: of the head's convolutions; by default 2 and 4 times those of the tapped map, at most 256 and 512 (else
-    the head of a ResNet-50 would outweigh its backbone); `wide`: 4 and 4 times, at most 512.
+    The head's convolutions have 2 and 4 times the channels of the tapped map, at most 256 and 512 (else the head of a
+    ResNet-50 would outweigh its backbone); `wide`: 4 and 4 times, at most 512.
     shared: False gives the second head a freshly initialized shallow part of its own (ablation: two models).
     A backbone that uses `lengths` behind the tap must carry them through it, as the models here carry their mask.
     Raises InputError for a block that is not there, and for one that does not cut the network in two.
@@ -58,7 +58,6 @@ class Tap(nn.Module):
         example: Tensor,
         lengths: Tensor | None = None,
         *,
-        channels: tuple[int, int] | None = None,
         wide: bool = False,
         shared: bool = True,
     ):
@@ -75,7 +74,7 @@ class Tap(nn.Module):
         self._check_cut(example, lengths)
         c = features.shape[1]
         second = min(4 * c, 512)
-        channels = channels or (second if wide else min(2 * c, 256), second)
+        channels = second if wide else min(2 * c, 256), second
         self.head = SecondHead(features.dim() - 2, c, channels, num_classes)
         self.head.to(device)
         self.second_backbone: nn.Module | None = None
