@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
-from antibackdoor.files import atomically, from_csv_cell, write_csv
-from antibackdoor.limits import read_table
-from antibackdoor.runs import issues_table, load_model
+from antibackdoor.files import atomically, write_csv
+from antibackdoor.runs import issues_table, load_model, read_suspects
 
 Table: TypeAlias = Literal["suspects", "issues"]
 ENDINGS = (".csv", ".parquet", ".onnx")
@@ -48,22 +47,6 @@ def export_run(folder: Path, out: Path, table: Table = "suspects") -> str:
     else:
         write_parquet(out, rows)
     return f"{len(rows):,} rows in {out}"
-
-
-def read_suspects(folder: Path) -> pd.DataFrame:
-    """`suspects.csv` of a run folder as `Result.suspects` was: names as they are, flags as booleans."""
-    path = folder / "suspects.csv"
-    text = ["id", "label", "suggested_label", "reason"]
-    if not path.exists():
-        raise InputError(f"{folder} holds no suspects.csv; give the folder of a finished run.")
-    table = read_table(path, dict.fromkeys([*text, "flagged"], str), encoding_errors="surrogateescape")
-    missing = [name for name in (*text, "score", "probability", "flagged") if name not in table]
-    if missing:
-        raise InputError(f"cannot read {path}: it has no column {missing[0]!r}.")
-    for name in text:
-        table[name] = table[name].map(from_csv_cell)
-    table["flagged"] = table["flagged"].str.lower().isin(["true", "1"])
-    return table
 
 
 def write_parquet(out: Path, table: pd.DataFrame) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from antibackdoor.attention import Attention
 from antibackdoor.data.core import Data, Kind, Spec, Splits
 from antibackdoor.errors import InputError
-from antibackdoor.files import LOCK, atomically, lock, read_json, save_tensors, sweep, write_json
-from antibackdoor.limits import MAX_CLASSES, containment
+from antibackdoor.files import LOCK, atomically, from_csv_cell, lock, read_json, save_tensors, sweep, write_json
+from antibackdoor.limits import MAX_CLASSES, containment, read_table
 from antibackdoor.models import create
 from antibackdoor.models.pretrained import read_shapes, read_weights
 
@@ -182,6 +182,27 @@ def describe_data(splits: Splits) -> dict[str, Any]:
         "test_samples": 0 if splits.test is None else len(splits.test),
         "samples_by_class": dict(zip(data.spec.classes, counts, strict=True)),
     }
+
+
+def read_suspects(folder: Path) -> pd.DataFrame:
+    """`suspects.csv` of a run folder as `Result.suspects` was: names as they are, flags as booleans.
+
+    Raises InputError where it is not there, cannot be read or lacks a column.
+    """
+    path = folder / "suspects.csv"
+    text = ["id", "label", "suggested_label", "reason"]
+    if not path.exists():
+        raise InputError(f"{folder} holds no suspects.csv; give the folder of a finished run.")
+    kinds = {**dict.fromkeys([*text, "flagged", "probability"], str), "score": "float64"}
+    table = read_table(path, kinds, encoding_errors="surrogateescape")
+    missing = [name for name in (*text, "score", "probability", "flagged") if name not in table]
+    if missing:
+        raise InputError(f"cannot read {path}: it has no column {missing[0]!r}.")
+    for name in text:
+        table[name] = table[name].map(from_csv_cell)
+    table["probability"] = pd.to_numeric(table["probability"], errors="coerce")  # not every detector estimates one
+    table["flagged"] = table["flagged"].str.lower().isin(["true", "1"])
+    return table
 
 
 def issues_table(suspects: pd.DataFrame, ids: Sequence[str]) -> pd.DataFrame:

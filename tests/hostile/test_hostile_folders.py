@@ -18,13 +18,13 @@ from antibackdoor.data.copies import copies_of, keep_only, stamp
 from antibackdoor.data.core import Splits
 from antibackdoor.data.truth import read_targets, read_truth
 from antibackdoor.errors import InputError
-from antibackdoor.exports import export_run, read_suspects
+from antibackdoor.exports import export_run
 from antibackdoor.files import append_to, at_once, atomically, load_state, lock
 from antibackdoor.limits import inside
 from antibackdoor.report.run import read_run
 from antibackdoor.review.export import export
 from antibackdoor.review.session import open_session
-from antibackdoor.runs import open_folder
+from antibackdoor.runs import open_folder, read_suspects
 from antibackdoor.scanning import scan
 from hostile_files import refused, written
 from toy import toy_images

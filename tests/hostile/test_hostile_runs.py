@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from antibackdoor.bench.declared import tables_text
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.data.core import Spec
-from antibackdoor.exports import read_suspects
 from antibackdoor.files import load_state, read_json
 from antibackdoor.models import create
 from antibackdoor.models.pretrained import read_weights
 from antibackdoor.report.run import read_run
-from antibackdoor.runs import load_model, save_model
+from antibackdoor.runs import load_model, read_suspects, save_model
 from antibackdoor.settings import read_settings
 from hostile_files import array, bounded, npy, refused, sparse, written, zipped
 

@@ -14,10 +14,10 @@ from antibackdoor.bench.poisoned import poison, read_experiment, write_poisoned
 from antibackdoor.data.core import Splits
 from antibackdoor.data.truth import read_truth
 from antibackdoor.errors import InputError
-from antibackdoor.exports import read_suspects
 from antibackdoor.files import HARMFUL, csv_cell, from_csv_cell, write_csv
 from antibackdoor.report.page import render
 from antibackdoor.report.run import read_run
+from antibackdoor.runs import read_suspects
 from hostile_files import refused, written
 from toy import toy_images
 

@@ -15,8 +15,9 @@ import antibackdoor
 from antibackdoor.api import Result
 from antibackdoor.data.core import Splits
 from antibackdoor.errors import InputError
-from antibackdoor.exports import export_onnx, export_run, read_suspects
+from antibackdoor.exports import export_onnx, export_run
 from antibackdoor.models import create
+from antibackdoor.runs import read_suspects
 from antibackdoor.threats import ALWAYS, POISONED, references
 from antibackdoor.tracking import Tracking
 from antibackdoor.training.loop import Progress

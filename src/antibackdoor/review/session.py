@@ -17,10 +17,9 @@ from antibackdoor.data.images import Size
 from antibackdoor.data.load import at_hand, load
 from antibackdoor.data.series import Missing
 from antibackdoor.errors import InputError
-from antibackdoor.files import from_csv_cell, read_object
-from antibackdoor.limits import read_table
+from antibackdoor.files import read_object
 from antibackdoor.review.decisions import Decisions, Undecided, take_cleaned
-from antibackdoor.runs import refuse_links_out
+from antibackdoor.runs import read_suspects, refuse_links_out
 
 
 @dataclass(frozen=True)
@@ -102,20 +101,13 @@ def _read_again(folder: Path, source: str | None) -> Splits:
 
 def _join(folder: Path, splits: Splits) -> Session:
     """Suspects and data, row by row; ids must be the same ones."""
-    path, data = folder / "suspects.csv", splits.train
-    text = ["id", "label", "suggested_label", "reason"]
-    columns = [*text, "score", "probability", "flagged"]
-    kinds = {**dict.fromkeys([*text, "probability", "flagged"], str), "score": "float64"}
-    table = read_table(path, kinds, usecols=columns, encoding_errors="surrogateescape")
-    for name in text:
-        table[name] = table[name].map(from_csv_cell)
-    table["probability"] = pd.to_numeric(table["probability"], errors="coerce")  # not every detector estimates one
+    data, table = splits.train, read_suspects(folder)
     rows = pd.Index(data.ids).get_indexer(pd.Index(table["id"]))
     if len(table) != len(data) or (rows < 0).any() or len(np.unique(rows)) != len(data):
-        raise InputError(f"{path} does not name the samples of this data set, each once.")
+        raise InputError(f"{folder / 'suspects.csv'} does not name the samples of this data set, each once.")
     order = rows.astype(np.int64)
     table = table.iloc[np.argsort(order)].reset_index(drop=True)
-    flagged = table["flagged"].str.lower().isin(["true", "1"]).to_numpy(dtype=np.bool_)
+    flagged = table["flagged"].to_numpy(dtype=np.bool_)
     suggested = _numbers(table["suggested_label"].tolist(), data.spec.classes)
     return Session(folder, splits, table, order, flagged, suggested, Decisions(folder, data))
 
