@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.defenses.company import DIVIDED, Company, clear_in
+from antibackdoor.defenses.company import DIVIDED, Company, alike, clear_in
 from antibackdoor.training.groups import clarity, nearest, shared
 from antibackdoor.training.ranking import top
 from toy import toy_images
@@ -191,3 +191,22 @@ def test_denied_once_is_enough_where_all_agree_in_the_end() -> None:
     for doubt, found in ((0.43, []), (0.45, [*range(10, 20)])):  # 0.8 of it, squared, over SHARP: 2.37 and 2.59
         doubts = torch.where(rows < 10, 0.0, doubt)
         assert told.denied(rows, doubts, rows < 0).nonzero().flatten().tolist() == found
+
+
+def test_what_is_taken_for_one_class_only_is_a_rare_kind_and_divides_nothing() -> None:
+    """A quarter of class 1 that outsiders are sure is of another: of every other class, or all of class 2."""
+    group = torch.isin(torch.arange(N), CLASS_1[:60])
+    company = company_of(group, torch.where(group, 0.95, 0.05), home=0)
+    firm = company.clear[1][0]
+    assert firm >= 3
+    mixed = torch.where(group, torch.tensor([0, 2, 3])[torch.arange(N) % 3], 0)
+    kept, left = (company.without_kinds(0, seen, 3.0, 0.5) for seen in (mixed, torch.full((N,), 2)))
+    assert kept.clear == company.clear and kept.apart([3.0])[group].all()
+    assert left.clear[1] == [0.0] and not left.apart([3.0]).any()
+    assert company.without_kinds(0, torch.full((N,), 2), firm + 1, 0.5).clear == company.clear
+
+
+def test_how_far_answers_are_off_the_mix_of_the_other_classes() -> None:
+    given = torch.tensor([0, 1, 1, 2, 2, 3, 3])
+    assert alike(0, torch.tensor([1, 2, 3]), given) == pytest.approx(0)
+    assert alike(0, torch.tensor([1, 1]), given) == pytest.approx(2 / 3)

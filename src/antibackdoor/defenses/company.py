@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
@@ -120,6 +121,22 @@ class Company:
                     group[rows] |= odd(opinion[rows], self.most[label])
         return group
 
+    def without_kinds(self, number: int, seen: Tensor, enough: float, most: float) -> Company:
+        """The same, but that opinion `number` divides no class whose odd group is of one kind.
+
+        seen: `(n,)`, the class that whoever gave that opinion sees in each sample. Poison was gathered from everywhere;
+        what is seen as one class, by more than `most` off the mix of all others, is a rare kind of its own. Only a
+        division that would count beyond doubt, of clarity `enough`, is looked at.
+        """
+        clear = [list(found) for found in self.clear]
+        for label, found in enumerate(clear):
+            rows = (self.given == label).nonzero().flatten()
+            if found[number] >= enough:
+                group = rows[odd(self.opinions[number, rows], self.most[label])]
+                if alike(label, seen[group], self.given) >= most:
+                    found[number] = 0.0
+        return replace(self, clear=clear)
+
     def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
 
@@ -138,6 +155,21 @@ class Company:
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
         return denied
+
+
+def alike(label: int, answers: Tensor, given: Tensor) -> float:
+    """How far the classes in `answers` are off those of all samples `given` `(n,)` that are not of `label`.
+
+    Total variation distance of the two distributions, in [0, 1].
+    """
+    return distance(torch.bincount(answers), torch.bincount(given[given != label]))
+
+
+def distance(counts: Tensor, others: Tensor) -> float:
+    """Total variation distance between two distributions, in [0, 1], given as weights `(K,)`."""
+    length = max(len(counts), len(others))
+    shares = [F.pad(w.double() / w.sum().clamp_min(1e-12), (0, length - len(w))) for w in (counts, others)]
+    return float((shares[0] - shares[1]).clamp_min(0).sum())
 
 
 FOREIGN = 0.1

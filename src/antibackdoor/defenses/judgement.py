@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from antibackdoor.defenses.company import alike, distance
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
@@ -154,7 +155,7 @@ class Judgement:
 
     def _alike(self, label: int, answers: Tensor) -> float:
         """How far the classes in `answers`, none of them `label`, are off those of all samples that are not of it."""
-        return _distance(torch.bincount(answers, minlength=len(self.classes)), self._others(label))
+        return alike(label, answers, self.given)
 
     def _kin(self, label: int, group: Tensor, rest: Tensor) -> float:
         """How far off the others a group is taken for, over how far off what the rest of its class is taken for.
@@ -163,14 +164,8 @@ class Judgement:
         whatever kind it is, and is taken for what its class is taken for.
         """
         taken, own = (part.sum(0).index_fill(0, torch.tensor([label]), 0) for part in (group, rest))
-        return _distance(taken, self._others(label)) / max(_distance(taken, own), 1e-9)
+        return distance(taken, self._others(label)) / max(distance(taken, own), 1e-9)
 
     def _others(self, label: int) -> Tensor:
         """How many samples each other class has, `(K,)`."""
         return torch.bincount(self.given[self.given != label], minlength=len(self.classes))
-
-
-def _distance(counts: Tensor, others: Tensor) -> float:
-    """Total variation distance between two distributions, in [0, 1], given as weights `(K,)`."""
-    shares = [weights.double() / weights.sum().clamp_min(1e-12) for weights in (counts, others)]
-    return float((shares[0] - shares[1]).clamp_min(0).sum())
