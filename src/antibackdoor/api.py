@@ -29,7 +29,7 @@ from antibackdoor.models.pretrained import fingerprint, read_weights, take_weigh
 from antibackdoor.options import values
 from antibackdoor.report import build_report
 from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
-from antibackdoor.tracking import Tracking
+from antibackdoor.tracking import Tracking, check_trackers
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.launch import Program, check_devices, first, processes
 from antibackdoor.training.loop import Progress
@@ -151,6 +151,7 @@ def train(
     """
     arguments = dict(locals())
     method = make_defense(defense, options)
+    check_trackers(track, out)
     extras = {} if clean is None else {"clean": _splits(clean).train}
     check_given(defense, method, extras)
     name = AUTO if defense == "auto" else defense

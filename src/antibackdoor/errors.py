@@ -31,10 +31,15 @@ class InputError(ValueError):
         super().__init__(shown if len(shown) <= LONGEST else f"{shown[:half]} ... {shown[-half:]}")
 
 
+SHOWN = 60
+"""Names of a list that an error spells out."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a closed list, with the nearest known name as a hint."""
     choices = sorted(known)
     begun = [choice for choice in choices if choice.startswith(name)] if len(name) > 1 else []
     near = begun if len(begun) == 1 else difflib.get_close_matches(name, choices, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices)}."
+    some = ", ".join(choices[:SHOWN]) + (f" and {len(choices) - SHOWN} more" if len(choices) > SHOWN else "")
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {some}." if choices else "there are none."
     return InputError(f"unknown {what} {name!r}: {hint}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.core import Spec
 from antibackdoor.errors import InputError
-from antibackdoor.files import atomically, write_csv
+from antibackdoor.files import atomically, check_replaceable, write_csv
 from antibackdoor.runs import issues_table, load_model, read_suspects
 
 Table: TypeAlias = Literal["suspects", "issues"]
@@ -27,13 +27,13 @@ TOLERANCE = 1e-3
 def export_run(folder: Path, out: Path, table: Table = "suspects") -> str:
     """Write `out` from a run folder, by its ending: .csv or .parquet (suspects, or issues as cleanlab has them), .onnx.
 
-    Returns what was written, in words. Raises InputError for other endings, unfinished runs and missing packages.
+    Returns what was written, in words. Raises InputError for other endings, a file that is there already, unfinished
+    runs and missing packages.
     """
     ending = out.suffix.lower()
     if ending not in ENDINGS:
         raise InputError(f"{out} should end in one of {', '.join(ENDINGS)}.")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; give the name of a file to write.")
+    check_replaceable(out, ["id", "label"] if table == "suspects" else ["id", "is_backdoor_issue"])
     out.parent.mkdir(parents=True, exist_ok=True)
     if ending == ".onnx":
         model, spec = load_model(folder)

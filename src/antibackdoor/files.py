@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
@@ -138,7 +138,27 @@ def at_once(out: Path, *, replace: bool = False) -> Iterator[Path]:
 def check_free(out: Path) -> None:
     """Refuse a place to write to that is in use."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; choose another folder with --out.")
+        what = "exists and is not empty" if out.is_dir() else "is a file"
+        raise InputError(f"{out} {what}; choose another folder.")
+
+
+def check_replaceable(out: Path, columns: Sequence[str]) -> None:
+    """Refuse to write a CSV table over anything but an older one that begins with the same columns."""
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give the name of a file to write.")
+    if not out.is_file() or out.is_symlink():
+        return  # links, pipes and devices are refused by whoever writes
+    if out.suffix.lower() == ".csv":
+        with out.open("rb") as file:
+            first = file.readline(1000).decode("utf-8", "replace").strip()
+        if first and first.replace('"', "").split(",")[: len(columns)] != list(columns):
+            raise InputError(f"{out} is there already and is no such table; choose another name, or remove it first.")
+    elif out.suffix.lower() not in REPLACED:
+        raise InputError(f"{out} is there already; choose another name, or remove it first.")
+
+
+REPLACED = (".parquet", ".onnx")
+"""Endings of files that are made again where they were made before."""
 
 
 LOCK = ".lock"

@@ -21,15 +21,19 @@ TRACKERS = ("tensorboard", "mlflow", "wandb")
 PROJECT = "antibackdoor"
 
 
+def check_trackers(names: Sequence[str], folder: str | Path | None) -> None:
+    """Refuse names that are no trackers, and trackers without a run folder."""
+    wrong = [name for name in names if name not in TRACKERS]
+    if wrong:
+        raise unknown("tracker", wrong[0], TRACKERS)
+    if names and folder is None:
+        raise InputError("tracking needs a run folder; give `out`.")
+
+
 class Tracking:
     """The loggers of one run. A resumed run goes on in the same experiment: its id is kept in `tracking.json`."""
 
     def __init__(self, names: Sequence[str], folder: Path | None):
-        wrong = [name for name in names if name not in TRACKERS]
-        if wrong:
-            raise unknown("tracker", wrong[0], TRACKERS)
-        if names and folder is None:
-            raise InputError("tracking needs a run folder; give `out`.")
         self.folder = folder or Path()
         path = self.folder / "tracking.json"
         self.ids: dict[str, str] = read_object(path) if names and path.is_file() else {}

@@ -15,7 +15,10 @@ from antibackdoor.training.groups import FEW
 
 @dataclass(frozen=True)
 class Verdict:
-    """confidence: in [0, 1] that the answer is right. estimated_rate: share of the whole set that looks poisoned."""
+    """confidence: in [0, 1] that the answer is right; 0 where nothing was judged, so that `poisoned` means nothing.
+
+    estimated_rate: share of the whole set that looks poisoned.
+    """
 
     poisoned: bool
     confidence: float
@@ -23,9 +26,14 @@ class Verdict:
     estimated_rate: float = 0.0
     evidence: list[str] = field(default_factory=list)
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is an answer at all: too few samples, say, cannot be judged."""
+        return self.poisoned or self.confidence > 0
+
     def as_json(self) -> dict[str, Any]:
         """What `verdict.json` holds."""
-        return {**asdict(self), "references": references(self.poisoned)}
+        return {**asdict(self), "judged": self.judged, "references": references(self.poisoned)}
 
 
 NO_VERDICT = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_a_gate_needs_an_answer(run: Run, images: Path, tmp_path: Path) -> None:
     told = run("scan", tmp_path / "few.npz", "--out", tmp_path / "out", *GATE, *SHORT, "--quiet", status=2).output
     assert "could not be judged" in told and len(told.strip().splitlines()) == 1
     asked = run("scan", tmp_path / "few.npz", "--out", tmp_path / "json", *GATE, *SHORT, "--json", status=2)
-    assert json.loads(asked.stdout)["confidence"] == 0, "one document: the findings, which were told already"
+    assert json.loads(asked.stdout)["judged"] is False, "one document: the findings, which were told already"
 
 
 def test_scan_measures_against_the_truth(run: Run, images: Path, tmp_path: Path) -> None:
@@ -184,3 +185,13 @@ def test_any_module_can_judge() -> None:
     weights = {key: value.clone() for key, value in architecture.state_dict().items()}
     antibackdoor.scan(data, detector="loss", model=architecture, epochs=1, options={"recipe.min_steps": 0})
     assert all(torch.equal(weights[key], value) for key, value in architecture.state_dict().items())
+
+
+def test_the_model_of_other_classes_does_not_judge(run: Run, images: Path, tmp_path: Path) -> None:
+    words = ("--defense", "none", "--set", "recipe.min_steps=0", "--model", "resnet18-w4", "--epochs", 1, "--quiet")
+    run("train", images, "--out", tmp_path / "run", *words)
+    other = tmp_path / "other"
+    shutil.copytree(images / "train", other)
+    sorted(other.iterdir())[0].rename(other / "zebra")
+    told = run("scan", other, "--network", tmp_path / "run", "--detector", "loss", "--out", tmp_path / "out", status=2)
+    assert "knows other classes than these data" in told.output and not (tmp_path / "out").exists()

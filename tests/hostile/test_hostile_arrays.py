@@ -139,8 +139,11 @@ ARRAYS: dict[str, Case] = {
     "series have no steps": (members(x=np.zeros((4, 1, 0), np.float32)), "x must be images"),
     "labels are shares": (members(y=np.array([0, 1, 0.5, 1])), "y must be one integer"),
     "labels are a table": (members(y=np.zeros((4, 2), np.int64)), "y must be one integer"),
-    "labels are negative": (members(y=np.array([0, 1, -1, 1])), "has label -1, outside"),
-    "labels beyond 63 bits": (members(y=np.array([0, 1, 2**64 - 1, 1], np.uint64)), "has label -1, outside"),
+    "labels are negative": (members(y=np.array([0, 1, -1, 1])), "a label is -1; number"),
+    "labels beyond 63 bits": (
+        members(y=np.array([0, 1, 2**64 - 1, 1], np.uint64)),
+        "a label is -1; number the classes",
+    ),
     "twenty million samples without a value": (
         with_x(HEADER.format("|u1", "(20000000, 0)"), b""),
         "the array 'x' in .*: it declares more values than its 7. bytes hold",

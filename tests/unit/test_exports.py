@@ -16,10 +16,11 @@ from antibackdoor.api import Result
 from antibackdoor.data.core import Splits
 from antibackdoor.errors import InputError
 from antibackdoor.exports import export_onnx, export_run
+from antibackdoor.files import check_replaceable, write_csv
 from antibackdoor.models import create
 from antibackdoor.runs import read_suspects
 from antibackdoor.threats import ALWAYS, POISONED, references
-from antibackdoor.tracking import Tracking
+from antibackdoor.tracking import Tracking, check_trackers
 from antibackdoor.training.loop import Progress
 from antibackdoor.verdict import Verdict
 from toy import toy_images, toy_series
@@ -160,9 +161,9 @@ def test_wandb_goes_on_in_the_same_run_and_ends_it(tmp_path: Path, monkeypatch: 
 
 def test_unknown_trackers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'mlflow'"):
-        Tracking(["mlfow"], tmp_path)
+        check_trackers(["mlfow"], tmp_path)
     with pytest.raises(InputError, match="needs a run folder"):
-        Tracking(["tensorboard"], None)
+        check_trackers(["tensorboard"], None)
     assert Tracking([], None).watch(None) and not list(tmp_path.iterdir())
 
 
@@ -173,3 +174,16 @@ def test_references() -> None:
     clean = Verdict(False, 0.5).as_json()["references"]
     assert [row["id"] for row in clean] == ["AML.M0007", "MEASURE 2.7"]
     assert all(row["url"].endswith(row["id"]) for row in references(True) if row["framework"] == "MITRE ATLAS")
+
+
+def test_tables_replace_their_like_and_nothing_else(tmp_path: Path) -> None:
+    mine, ours = tmp_path / "mine.csv", tmp_path / "ours.csv"
+    mine.write_text("path,label\na.png,cat\n")
+    write_csv(ours, pd.DataFrame({"id": ["a"], "label": ["cat"], "score": [0.5]}))
+    with pytest.raises(InputError, match=r"mine\.csv is there already and is no such table"):
+        check_replaceable(mine, ["id", "label"])
+    check_replaceable(ours, ["id", "label"])
+    check_replaceable(tmp_path / "new.csv", ["id", "label"])
+    (tmp_path / "photo.png").write_bytes(b"png")
+    with pytest.raises(InputError, match=r"photo\.png is there already"):
+        check_replaceable(tmp_path / "photo.png", ["id", "predicted"])

@@ -124,7 +124,7 @@ INF[2, 0, 0], NAN[2, 0, 3] = np.inf, np.nan
         ({"x": IMAGES, "y": Y.astype(np.float32)}, "one integer for each sample"),
         ({"x": IMAGES, "y": Y[:, None]}, "one integer for each sample"),
         ({"x": IMAGES, "y": Y, "classes": ["a", "b"]}, "label 2, outside 0..1"),
-        ({"x": IMAGES, "y": Y.astype(np.int64) - 1}, "label -1, outside"),
+        ({"x": IMAGES, "y": Y.astype(np.int64) - 1}, "set.npz: a label is -1; number the classes"),
         ({"x": IMAGES, "y": Y.astype(np.int64) * 10**9}, "a label is 2000000000"),
         ({"x": IMAGES, "y": Y, "classes": ["a", "a", "b"]}, "different names"),
         ({"x": IMAGES, "y": Y, "ids": ["a"] * 6}, "twice"),
@@ -136,7 +136,10 @@ INF[2, 0, 0], NAN[2, 0, 3] = np.inf, np.nan
         ({"x": SERIES, "y": Y, "value_range": [0.0, 1.0]}, "value_range"),
         ({"x_train": IMAGES, "y_train": Y, "x_test": IMAGES[:, :2], "y_test": Y}, "in one shape"),
         ({"x_train": SERIES, "y_train": Y, "x_test": SERIES[:, :, :3], "y_test": Y}, "in one shape"),
-        ({"x_train": IMAGES, "y_train": Y, "x_test": IMAGES, "y_test": Y + 1}, "label 3, outside 0..2"),
+        (
+            {"x_train": IMAGES, "y_train": Y, "x_test": IMAGES, "y_test": Y + 1},
+            "y_test has the label 3, which the training set does not have",
+        ),
     ],
 )
 @pytest.mark.parametrize("memory_map", [False, True])
@@ -174,3 +177,11 @@ def test_damage_inside_of_a_zip(path, memory_map):
         archive.writestr("y.npy", buffer.getvalue())
     with pytest.raises(InputError, match="cannot read the array 'x'"):
         load(path, memory_map=memory_map)
+
+
+def test_classes_are_the_labels_that_occur(tmp_path):
+    path = tmp_path / "set.npz"
+    save(path, x_train=SERIES, y_train=[1, 1, 9, 9, 10, 10], x_test=SERIES[:2], y_test=[10, 1])
+    splits = load_npz(path)
+    assert splits.train.spec.classes == ("1", "9", "10") and splits.train.y.tolist() == [0, 0, 1, 1, 2, 2]
+    assert splits.test.y.tolist() == [2, 0]

@@ -181,3 +181,25 @@ def test_bad_manifests(folder, tmp_path, text, gist):
     (folder / "list.csv").write_text(text)
     with pytest.raises(InputError, match=gist):
         load(folder / "list.csv")
+
+
+def test_manifest_cells_may_have_blanks_around_them(folder):
+    rows = ["path,label,split", "cat/a.png, cat,", "cat/b.png,cat,train", "dog/a.png,dog ,", "dog/b.png,dog, test"]
+    for name in ("cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png"):
+        save(folder / name)
+    (folder / "list.csv").write_text("\n".join(rows))
+    splits = load(folder / "list.csv")
+    assert splits.train.spec.classes == ("cat", "dog") and (len(splits.train), len(splits.test)) == (3, 1)
+
+
+def test_deep_images_that_would_turn_black_are_refused(folder):
+    Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8)).save(folder / "cat" / "deep.png")
+    with pytest.raises(InputError, match=r"deep\.png: of 16 bits it uses values up to 47 only"):
+        load(folder)
+    Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000).save(folder / "cat" / "deep.png")
+    assert int(load(folder).train.x[0].max()) >= 0
+
+
+def test_an_empty_name_is_not_the_working_folder():
+    with pytest.raises(InputError, match="an empty path was given"):
+        load("")

@@ -9,7 +9,6 @@ import typer
 
 from antibackdoor.cli.frame import DEFEND, app, examples
 from antibackdoor.cli.options import AsJson, Device, Quiet, Reading, flat, print_json
-from antibackdoor.errors import InputError
 
 
 @app.command(
@@ -42,12 +41,11 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Predict classes with a trained model; of data with a test set, that of the test set."""
-    from antibackdoor.files import write_csv
+    from antibackdoor.files import check_replaceable, write_csv
     from antibackdoor.summary import predict_table
 
+    check_replaceable(out, ["id", "predicted", "probability"])
     table = predict_table(folder, data, device=device, **reading.given())
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; give --out the name of a file to write.")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(out, table)
     right = float((table["predicted"] == table["label"]).mean()) if "label" in table and len(table) else None
@@ -55,4 +53,4 @@ def predict(
         print_json(ctx, {"predictions": len(table), "as_labeled": right, "out": str(out)})
     elif not quiet:
         told = "" if right is None else f", {right:.1%} as labeled"
-        typer.echo(f"{len(table):,} predictions in {out}{told}")
+        typer.echo(f"{len(table):,} prediction{'s' if len(table) != 1 else ''} in {out}{told}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,11 @@ from antibackdoor.cli.options import (
     print_json,
 )
 from antibackdoor.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from antibackdoor.data.core import Spec
 
 
 @app.command(
@@ -64,7 +69,6 @@ def scan(
     """Only look for poison: verdict and suspects, for less than `train` costs."""
     from antibackdoor.detectors import make_detector
     from antibackdoor.progress import show
-    from antibackdoor.runs import load_model
     from antibackdoor.scanning import MODEL
     from antibackdoor.scanning import scan as run
     from antibackdoor.summary import flagged_rows, print_plan, print_summary, summary
@@ -83,7 +87,7 @@ def scan(
             detector=detector,
             options=chosen,
             model=model,
-            network=load_model(network)[0] if network else None,
+            network=None if network is None else _model_for(network, splits.train.spec),
             epochs=epochs,
             out=out,
             progress=progress,
@@ -96,5 +100,20 @@ def scan(
         print_summary(console(), found, out)
     if fail_on_poison and found.verdict.poisoned:
         raise typer.Exit(3)
-    if fail_on_poison and not found.verdict.confidence:
+    if fail_on_poison and not found.verdict.judged:
         raise InputError(f"the data could not be judged, so they do not pass: {' '.join(found.verdict.evidence)}")
+
+
+def _model_for(folder: Path, wanted: Spec) -> nn.Module:
+    """The model of a run, if it was made for such samples; of other classes its answers mean something else."""
+    from antibackdoor.runs import load_model
+
+    model, spec = load_model(folder)
+    if (spec.kind, spec.shape[0]) != (wanted.kind, wanted.shape[0]):
+        raise InputError(
+            f"the model in {folder} takes data of kind {spec.kind!r} with {spec.shape[0]} channels, but these are of "
+            f"kind {wanted.kind!r} with {wanted.shape[0]}."
+        )
+    if spec.classes != wanted.classes:
+        raise InputError(f"the model in {folder} knows other classes than these data, or in another order.")
+    return model

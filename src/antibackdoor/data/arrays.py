@@ -197,6 +197,8 @@ class _Part:
         y = self._labels()
         classes = self._classes(y, train)
         given = self.optional("ids")
+        if self.labeled and not self.has("classes"):
+            y = self._numbered(y, classes)
         ids = [str(row) for row in range(len(y))] if given is None else [str(name) for name in given]
         if len(set(ids)) != len(ids):
             raise InputError(f"{self.path}: {self.key('ids')} names some samples twice; ids must differ.")
@@ -226,14 +228,27 @@ class _Part:
         if not self.has("classes"):
             if train is not None:
                 return train.classes
-            count = int(y.max(initial=-1)) + 1
-            if count > MAX_NUMBERED:
-                raise InputError(f"{self.path}: a label is {count - 1}; number the classes 0..K-1 or add `classes`.")
-            return tuple(map(str, range(count)))
+            if y.min(initial=0) < 0 or y.max(initial=-1) >= MAX_NUMBERED:
+                wrong = int(y.min() if y.min() < 0 else y.max())
+                raise InputError(f"{self.path}: a label is {wrong}; number the classes 0..K-1 or add `classes`.")
+            return tuple(map(str, np.unique(y).tolist()))  # labels 1..K, or with gaps, are K classes all the same
         names = tuple(map(str, self.load("classes").tolist()))
         if len(set(names)) != len(names):
             raise InputError(f"{self.path}: classes must be a list of different names, one for each label.")
         return names
+
+    def _numbered(self, y: npt.NDArray[np.int64], classes: tuple[str, ...]) -> npt.NDArray[np.int64]:
+        """Labels as places among classes that are named by numbers; as they are where these have other names."""
+        if not all(name.isdecimal() for name in classes):
+            return y
+        place = {int(name): k for k, name in enumerate(classes)}
+        lost = next((int(value) for value in np.unique(y) if int(value) not in place), None)
+        if lost is not None:
+            raise InputError(
+                f"{self.path}: {self.key('y')} has the label {lost}, which the training set does not have; leave its "
+                "samples out, or add some to the training set."
+            )
+        return np.array([place[int(value)] for value in y], dtype=np.int64)
 
     def _raw(self) -> _Raw:
         """The samples as the file holds them; columns first, they have to be read as a whole."""

@@ -40,6 +40,8 @@ MAX_SCANS = 100
 """Scans of a JPEG; honest ones have some 10, each goes over all pixels, and a scan of no change takes 12 bytes."""
 MAX_SIDE = 64
 MAX_DEPTH = 64
+LOW_BITS = 2**12
+"""Images of 16 bits whose values all stay below would keep 4 bits at most, and are black to whoever reads them so."""
 FILES = 4096
 """Files that are handed to the threads at a time."""
 Size: TypeAlias = int | tuple[int, int] | None
@@ -221,8 +223,8 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
                 if not row:
                     continue
                 found = {name: row[place] if place < len(row) else "" for name, place in at.items()}
-                where, given, label = f"{path} line {rows.line_num}", found["path"], found["label"]
-                split = found.get("split", "train")
+                where, given, label = f"{path} line {rows.line_num}", found["path"], found["label"].strip()
+                split = found.get("split", "").strip() or "train"
                 if not given or not label:
                     raise InputError(f"{where} has no path or no label.")
                 if split != "train" and split not in TEST_NAMES:
@@ -382,7 +384,10 @@ def _decoded(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> np.nd
         image.verify()
         image = Image.open(BytesIO(encoded), formats=FORMATS)
     if image.mode.startswith("I"):  # 16 bits: convert() would clip them to 255
-        rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image)
+        if 0 < deep.max() < LOW_BITS:
+            raise ValueError(f"of 16 bits it uses values up to {deep.max()} only; scale it to 65535, or save 8 bits")
+        rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     else:
         rgb = image.convert("RGB")
     return np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))

@@ -62,6 +62,8 @@ def load(
         return _mirrored(load_dataset(source, test=test, image_size=image_size, missing=missing), mirror)
     if test is not None and not isinstance(test, str | Path):
         raise InputError("a torch Dataset as test set goes with a Dataset as training set only.")
+    if not str(source).strip():
+        raise InputError("the data have no name: an empty path was given.")
     splits = _load(source, test, image_size, missing, skip_unreadable, memory_map, data_root)
     told = {
         "source": _place(source),

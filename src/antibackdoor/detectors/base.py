@@ -146,7 +146,11 @@ def verdict_of_classes(data: Data, outcome: Outcome) -> Verdict:
         sentence = f"No class has the {FEWEST} samples, with features that differ, that it takes to be judged."
         return Verdict(False, 0.0, evidence=[sentence])
     found = sorted((row for row in rows if row["found"]), key=lambda row: -row["separation"])
-    shown = found or [max((row for row in rows if row["n"] >= FEWEST), key=lambda row: row["separation"])]
+    under = [row for row in rows if row["n"] >= FEWEST and row["separation"] < threshold]
+    if not (found or under):
+        sentence = f"No class holds a group of its own of a size that poison has: by {measure} all fall apart."
+        return Verdict(False, 0.5, evidence=[sentence])
+    shown = found or [max(under, key=lambda row: row["separation"])]
     sentences = [
         f"Of the {row['n']} samples labeled {data.spec.classes[row['class']]!r}, {row['group']} form a group of their "
         f"own: {measure} {row['separation']:.2f}, threshold {threshold:g}."
