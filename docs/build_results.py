@@ -96,9 +96,8 @@ poisoned. *Found* are sets said to be poisoned among those whose attack takes wi
 of 1.5. Sets whose attack does not take without a defense, or poisons less, are counted apart: there, a verdict of
 "poisoned" is true, and its absence no loss.
 
-ECG5000, UWave, arabic_digits and CIFAR-10 were at hand while the rules of the default were made, and some rules were made
-after an attack counted here had passed: on these sets the counts say how well the rules fit, not how well they carry over.
-GTSRB was not.
+All these sets were at hand while the rules of the default were made, and some rules were made after an attack counted
+here had passed, or a clean set had not: the counts say how well the rules fit, not how well they carry over to others.
 """
 
 

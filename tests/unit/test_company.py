@@ -200,10 +200,18 @@ def test_what_is_taken_for_one_class_only_is_a_rare_kind_and_divides_nothing() -
     firm = company.clear[1][0]
     assert firm >= 3
     mixed = torch.where(group, torch.tensor([0, 2, 3])[torch.arange(N) % 3], 0)
-    kept, left = (company.without_kinds(0, seen, 3.0, 0.5) for seen in (mixed, torch.full((N,), 2)))
+    kept, left = (company.believed([3.0], 0, seen, 0.5) for seen in (mixed, torch.full((N,), 2)))
     assert kept.clear == company.clear and kept.apart([3.0])[group].all()
     assert left.clear[1] == [0.0] and not left.apart([3.0]).any()
-    assert company.without_kinds(0, torch.full((N,), 2), firm + 1, 0.5).clear == company.clear
+    assert company.believed([firm + 1], 0, torch.full((N,), 2), 0.5).clear == company.clear
+
+
+def test_in_a_small_class_no_division_is_beyond_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = torch.isin(torch.arange(N), CLASS_1[:60])
+    company = company_of(group, torch.where(group, 0.95, 0.05))
+    assert company.believed([3.0], 1, GIVEN, 0.5).apart([3.0])[group].all()
+    monkeypatch.setattr("antibackdoor.defenses.company.SMALL", len(CLASS_1) + 1)
+    assert not company.believed([3.0], 1, GIVEN, 0.5).apart([3.0]).any()
 
 
 def test_how_far_answers_are_off_the_mix_of_the_other_classes() -> None:

@@ -537,6 +537,7 @@ def test_company_chooses_where_it_divides_a_class_and_elsewhere_the_neighbors(
     monkeypatch.setattr(Jury, "_home", lambda *_: (torch.full((160,), 0.95).double(), data.y + 1))
     monkeypatch.setattr(jury, "features_of", lambda *_, **__: features)
     monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: 0.1 + 0.8 * group.double())
+    monkeypatch.setattr("antibackdoor.defenses.company.SMALL", 20)
     neighbors = within(torch.rand(160, generator=rng), data.y)
     monkeypatch.setattr(jury, "doubted", lambda *_: neighbors)
     said = Jury(neighbors=4).depose(job)

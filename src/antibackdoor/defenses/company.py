@@ -19,6 +19,10 @@ DIVIDED = 1.0
 """Clarity from which on opinions that were shared over and over divide a class: where nothing keeps groups apart all
 agree in the end, and little is left of the clarity that noise has."""
 
+SMALL = 100
+"""A class of fewer samples falls into groups by itself: a dozen pictures of one thing, as frames of a film are, lie as
+close to each other as poison does."""
+
 DENIED = 2.5
 """Clarity from which on doubts that were shared once divide a class: hard but clean samples lie together, too."""
 
@@ -121,19 +125,21 @@ class Company:
                     group[rows] |= odd(opinion[rows], self.most[label])
         return group
 
-    def without_kinds(self, number: int, seen: Tensor, enough: float, most: float) -> Company:
-        """The same, but that opinion `number` divides no class whose odd group is of one kind.
+    def believed(self, enough: Sequence[float], home: int, seen: Tensor, most: float) -> Company:
+        """The same, without divisions that would count beyond doubt but that clean samples make, too.
 
-        seen: `(n,)`, the class that whoever gave that opinion sees in each sample. Poison was gathered from everywhere;
-        what is seen as one class, by more than `most` off the mix of all others, is a rare kind of its own. Only a
-        division that would count beyond doubt, of clarity `enough`, is looked at.
+        enough: of each opinion, the clarity that counts. In a class of fewer than `SMALL` none is believed. seen:
+        `(n,)`, the class that whoever gave opinion `home` sees in each sample: poison was gathered from everywhere; an
+        odd group that is seen as one class, by more than `most` off the mix of all others, is a rare kind of its own.
         """
         clear = [list(found) for found in self.clear]
         for label, found in enumerate(clear):
             rows = (self.given == label).nonzero().flatten()
-            if found[number] >= enough:
+            for number, least in enumerate(enough):
+                if found[number] < least:
+                    continue
                 group = rows[odd(self.opinions[number, rows], self.most[label])]
-                if alike(label, seen[group], self.given) >= most:
+                if len(rows) < SMALL or (number == home and alike(label, seen[group], self.given) >= most):
                     found[number] = 0.0
         return replace(self, clear=clear)
 
