@@ -181,6 +181,7 @@ def describe_data(splits: Splits) -> dict[str, Any]:
         "training_samples": len(data),
         "test_samples": 0 if splits.test is None else len(splits.test),
         "samples_by_class": dict(zip(data.spec.classes, counts, strict=True)),
+        "notes": list(splits.notes),
     }
 
 

@@ -195,3 +195,10 @@ def test_the_model_of_other_classes_does_not_judge(run: Run, images: Path, tmp_p
     sorted(other.iterdir())[0].rename(other / "zebra")
     told = run("scan", other, "--network", tmp_path / "run", "--detector", "loss", "--out", tmp_path / "out", status=2)
     assert "knows other classes than these data" in told.output and not (tmp_path / "out").exists()
+
+
+def test_what_was_not_read_is_told_and_kept(run: Run, images: Path, tmp_path: Path) -> None:
+    (images / "train" / "red" / "broken.png").write_text("no image")
+    found = run("scan", images, "--skip-unreadable", "--out", tmp_path / "out", "--detector", "loss", *SHORT, "--json")
+    assert "1 of 76 files" in json.loads(found.stdout)["notes"][0] and "note: 1 of 76 files" in found.stderr
+    assert "broken.png" in json.loads((tmp_path / "out" / "data.json").read_text())["notes"][0]

@@ -9,6 +9,7 @@ from antibackdoor.data.core import check_trainable
 from antibackdoor.data.images import MAX_PIXELS, decode_image
 from antibackdoor.data.load import load
 from antibackdoor.errors import InputError
+from antibackdoor.runs import describe_data
 
 
 def save(path, size=(8, 6), color=(200, 10, 30), mode="RGB"):
@@ -71,6 +72,14 @@ def test_names_of_the_test_folder(folder, tmp_path, name):
     assert splits.train.spec.classes == ("cat", "dog") and len(splits.test) == len(splits.train)
 
 
+def test_of_two_test_sets_one_is_read_and_the_other_told(folder, tmp_path):
+    for split in ("train", "test", "val"):
+        shutil.copytree(folder, tmp_path / "both" / split)
+    with pytest.warns(UserWarning, match="val is not read: the test set is"):
+        splits = load(tmp_path / "both")
+    assert len(splits.test) == len(splits.train) and "val is not read" in splits.notes[0]
+
+
 @pytest.mark.parametrize("train, other", [("Train", "Test"), ("training", "testing"), ("train", "holdout")])
 def test_splits_are_never_read_as_classes(folder, tmp_path, train, other):
     for split in (train, other):
@@ -101,7 +110,9 @@ def test_unreadable_files_are_counted_named_and_left_out_if_wanted(folder):
         load(folder)
     assert all(name in str(caught.value) for name in ("cat/noise.png", "cat/text.png", "dog/notes.txt"))
     with pytest.warns(UserWarning, match="4 of 10 files"):
-        train = load(folder, skip_unreadable=True).train
+        splits = load(folder, skip_unreadable=True)
+    train = splits.train
+    assert len(splits.notes) == 1 and describe_data(splits)["notes"][0].startswith("4 of 10 files")
     assert len(train) == 6 and train.x.shape[0] == 6 and "cat/text.png" not in train.ids
 
 

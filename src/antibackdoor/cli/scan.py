@@ -95,7 +95,7 @@ def scan(
             **running.given(),
         )
     if running.as_json:
-        print_json(ctx, {**summary(found, out), "suspects": flagged_rows(found)})
+        print_json(ctx, {**summary(found, out), "notes": list(splits.notes), "suspects": flagged_rows(found)})
     elif not running.quiet:
         print_summary(console(), found, out)
     if fail_on_poison and found.verdict.poisoned:

@@ -111,6 +111,6 @@ def train(
             **running.given(),
         )
     if running.as_json:
-        print_json(ctx, summary(result, out))
+        print_json(ctx, {**summary(result, out), "notes": list(splits.notes)})
     elif not running.quiet:
         print_summary(console(), result, out)

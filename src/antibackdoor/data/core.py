@@ -164,13 +164,14 @@ class Splits:
     """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec.
 
     source: the arguments of `load` that these were read with, as plain JSON values, so that they can be read again.
-    name: what the user called the data, a path or a name; only shown.
+    name: what the user called the data, a path or a name; only shown. notes: sentences about what was not read.
     """
 
     train: Data
     test: Data | None = None
     source: Mapping[str, Any] | None = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.test is None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
-from antibackdoor.data.labels import TEST_NAMES, number
+from antibackdoor.data.labels import TEST_NAMES, LeftOut, number
 from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, visible
 from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
@@ -119,8 +119,12 @@ def load_folder(
     held = None
     if test is not None:
         held = _list_folder(test, test)
-    elif split and (name := next((name for name in TEST_NAMES if name in inside), None)):
-        held = _list_folder(root, root / name)
+    elif split and (names := [name for name in TEST_NAMES if name in inside]):
+        held = _list_folder(root, root / names[0])
+        for name in names[1:]:
+            warnings.warn(
+                visible(f"{root / name} is not read: the test set is {root / names[0]}."), LeftOut, stacklevel=4
+            )
     return _read_splits(train, held, root, image_size, skip_unreadable, memory_map)
 
 
@@ -280,7 +284,7 @@ def _read_all(
         sentence = f"{len(failures)} of {total} files in {where} cannot be read as images ({listed})"
         if not skip:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
+        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
     data: list[Data] = []
     for listing, x, found in zip(listings, read, bad, strict=True):
         keep = [i for i in range(len(x)) if i not in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import Size, has_class_folders, load_folder, load_manifest, load_unlabeled
+from antibackdoor.data.labels import LeftOut
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
@@ -64,7 +66,12 @@ def load(
         raise InputError("a torch Dataset as test set goes with a Dataset as training set only.")
     if not str(source).strip():
         raise InputError("the data have no name: an empty path was given.")
-    splits = _load(source, test, image_size, missing, skip_unreadable, memory_map, data_root)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LeftOut)
+        splits = _load(source, test, image_size, missing, skip_unreadable, memory_map, data_root)
+    notes = tuple(str(one.message) for one in caught if issubclass(one.category, LeftOut))
+    for one in caught:
+        warnings.warn(one.message, one.category, stacklevel=2)
     told = {
         "source": _place(source),
         "test": None if test is None else _place(test),
@@ -77,7 +84,7 @@ def load(
     }
     if mirror is None and not Path(source).exists():
         mirror = None if CATALOG[str(source)].mirror else False
-    return replace(_mirrored(splits, mirror), source=told)
+    return replace(_mirrored(splits, mirror), source=told, notes=notes)
 
 
 def _mirrored(splits: Splits, mirror: bool | None) -> Splits:

@@ -20,7 +20,7 @@ from torch import Tensor
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, Size, box_of, decode_image, in_threads
-from antibackdoor.data.labels import TEST_NAMES, number
+from antibackdoor.data.labels import TEST_NAMES, LeftOut, number
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
 from antibackdoor.errors import InputError, visible
@@ -88,7 +88,7 @@ def images(
         sentence = f"{len(reasons)} of {sum(map(len, ids))} images in {where} cannot be read ({listed})"
         if not skip_unreadable:
             raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(visible(f"{sentence}; they are left out."), UserWarning, stacklevel=4)
+        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
     data: list[Data] = []
     for part, x, names, found in zip(splits, read, ids, bad, strict=True):
         y, classes = numbered(part.labels(), names, data[0].spec.classes if data else None)
