@@ -32,7 +32,8 @@ def test_the_readme_counts_what_the_default_stops() -> None:
     """Rows of the jury on three sets of series whose attack takes undefended, and those of excess ASR up to 5 %."""
     lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.count("|") == 14]
-    rows = [row for row in rows if row[0] in {"ecg5000", "uwave_extended", "arabic_digits"} and row[6] == "jury" and row[4] != "none"]
+    sets = {"ecg5000", "uwave_extended", "arabic_digits"}
+    rows = [row for row in rows if row[0] in sets and row[6] == "jury" and row[4] != "none"]
     excess = [float(row[9].split()[0]) for row in rows if row[12] == "takes"]
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"under {len(rows)} attacks" in text and f"of which {len(excess)} take without a defense" in text
