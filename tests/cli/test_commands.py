@@ -154,3 +154,7 @@ def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_pat
     assert "of 59 samples" in again
     run("train", images, "--review", tmp_path / "cleaned", "--out", tmp_path / "third", status=2)
     run("review", tmp_path / "cleaned", status=2)
+
+
+def test_a_ledger_that_is_not_there_has_no_tables(run: Run, tmp_path: Path) -> None:
+    assert "nowhere holds no results" in run("bench", "--out", tmp_path / "nowhere", "--table", status=2).output

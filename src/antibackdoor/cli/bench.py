@@ -92,8 +92,8 @@ def bench(
                 plan_text(cells, read.excluded(), done, estimates, max(1, cores() if workers is None else workers))
             )
         return
-    if table and not any(out.glob("*.json")):
-        raise InputError(f"{out} holds no results; run the grid without --table first, or name another --out.")
+    if read is None and not any(out.glob("*.json")):
+        raise InputError(f"{out} holds no results; name another folder with --out, or a grid to run.")
     if not table:
         chosen = make_engine(engine.value, workers=workers, address=address, cpus=cpus, gpus=gpus)
         with show_cells(console(stderr=True), quiet=quiet) as watcher:
