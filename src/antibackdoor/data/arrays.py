@@ -241,14 +241,16 @@ class _Part:
         """Labels as places among classes that are named by numbers; as they are where these have other names."""
         if not all(name.isdecimal() for name in classes):
             return y
-        place = {int(name): k for k, name in enumerate(classes)}
-        lost = next((int(value) for value in np.unique(y) if int(value) not in place), None)
-        if lost is not None:
+        known = np.array([int(name) for name in classes], dtype=np.int64)
+        lost = y[~np.isin(y, known)]
+        if len(lost):
             raise InputError(
-                f"{self.path}: {self.key('y')} has the label {lost}, which the training set does not have; leave its "
-                "samples out, or add some to the training set."
+                f"{self.path}: {self.key('y')} has the label {lost[0]}, which the training set does not have; leave "
+                "its samples out, or add some to the training set."
             )
-        return np.array([place[int(value)] for value in y], dtype=np.int64)
+        order = known.argsort()
+        places: npt.NDArray[np.int64] = order[np.searchsorted(known, y, sorter=order)]
+        return places
 
     def _raw(self) -> _Raw:
         """The samples as the file holds them; columns first, they have to be read as a whole."""
