@@ -158,3 +158,9 @@ def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_pat
 
 def test_a_ledger_that_is_not_there_has_no_tables(run: Run, tmp_path: Path) -> None:
     assert "nowhere holds no results" in run("bench", "--out", tmp_path / "nowhere", "--table", status=2).output
+
+
+def test_a_grid_names_data_that_are_there(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text('[[cells]]\ndata = ["digit"]\n')
+    told = run("bench", tmp_path / "grid.toml", "--out", tmp_path / "out", "--plan", status=2).output
+    assert "unknown data set" in told and "did you mean 'digits'" in told

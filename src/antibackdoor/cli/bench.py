@@ -10,7 +10,7 @@ import typer
 
 from antibackdoor.cli.frame import MEASURE, app, examples
 from antibackdoor.cli.options import AsJson, Device, Quiet, console, print_json
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, unknown
 
 
 class Engine(StrEnum):
@@ -76,12 +76,17 @@ def bench(
     from antibackdoor.bench.machine import cores
     from antibackdoor.bench.plan import Estimates, plan_text
     from antibackdoor.bench.run import run_cells
+    from antibackdoor.data.catalog import CATALOG
+    from antibackdoor.data.load import known
     from antibackdoor.progress import show_cells
 
     if grid is None and not table:
         raise InputError("give a grid to run, or --table to see what the ledger holds.")
     read = None if grid is None else read_grid(grid, profile)
     cells, ledger, broken = [] if read is None else read.cells(only), Ledger(out), []
+    lost = next((name for name in sorted({cell.data for cell in cells}) if not known(name)), None)
+    if lost is not None:
+        raise unknown("data set (and no file or folder)", lost, CATALOG)
     if plan and read is not None:
         done, estimates = [name for cell in cells if (name := cell.name()) in ledger], Estimates(out, device)
         if as_json:

@@ -96,6 +96,11 @@ def _mirrored(splits: Splits, mirror: bool | None) -> Splits:
     return replace(splits, train=replace(splits.train, spec=spec), test=held)
 
 
+def known(source: str) -> bool:
+    """Whether `load` can make anything of this path or name, be it by a download."""
+    return Path(source).exists() or source in CATALOG
+
+
 def at_hand(source: str, data_root: Path | None = None) -> bool:
     """Whether `load` finds this path or name without reaching for the network."""
     return Path(source).exists() or (source in CATALOG and found_named(source, data_root) is not None)
