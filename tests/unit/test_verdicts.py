@@ -33,6 +33,7 @@ def results(tmp_path: Path) -> Results:
     write(ledger, replace(jury, seed=1), 0.02, {**said, "poisoned": 0.0, "right": 0.0, "confidence": 0.55})
     write(ledger, replace(jury, seed=2), 0.0, {**said, "right": 0.0, "confidence": 0.91, "rate_ratio": 1.6})
     write(ledger, replace(jury, attack="blend"), 0.0, said)
+    write(ledger, replace(jury, defense_options={"neighbors": 0}), 0.9, said)  # not as users run it: not counted
     write(ledger, replace(jury, attack="none"), 0.0, {**said, "poisoned": 0.0, "confidence": 0.75})
     return Results(tmp_path)
 

@@ -41,7 +41,8 @@ def verdicts(ledger: Results) -> Iterator[Judged]:
     """Of every cell that has one."""
     for record in ledger.records.values():
         cell, measures = record["cell"], record["measures"]
-        told = {"jury": measures.get("verdict")} if cell["defense"] == "jury" else {}
+        usual = cell["defense"] == "jury" and not cell.get("defense_changes")  # as users run it, nothing taken away
+        told = {"jury": measures.get("verdict")} if usual else {}
         told["witnesses"] = measures.get("detectors", {}).get("witnesses", {}).get("verdict")
         for by, verdict in told.items():
             if verdict is None or cell["attack_options"].get("rate") == 0:
