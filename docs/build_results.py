@@ -65,7 +65,8 @@ attacks, and its unlearning removes the trigger.
 **Not as published.** E2ABL's ranking by loss drops after two epochs (profile `paper`) finds next to no poison in so
 few steps; ours is by persistence. It does not stop SIG and TSBA on series, nor Composite on CIFAR-10. DLP's
 unlearning destroys the network under TrojanNN and Label-Consistent, its fine-tuning gets nowhere near the published
-accuracy in a thousand steps, and clean-label poison (SIG) comes back through its pseudo-labels. Why, as far as we tested it, stands row by row under the tables.
+accuracy in a thousand steps (nor in 8,192), and clean-label poison (SIG) comes back through its pseudo-labels. Why, as
+far as we tested it, stands row by row under the tables.
 
 *Results* counts the places of a table that hold one. *Against the paper* is the mean difference in points, over the
 places that the paper has, too, and whose attack takes without a defense.
