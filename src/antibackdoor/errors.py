@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
 
 LONGEST = 2000
 """Characters of a sentence, at most; names and what a decoder says of a file come from whoever made the data."""
@@ -29,6 +30,19 @@ class InputError(ValueError):
         shown = visible(sentence)
         half = LONGEST // 2
         super().__init__(shown if len(shown) <= LONGEST else f"{shown[:half]} ... {shown[-half:]}")
+
+
+class LeftOut(UserWarning):
+    """Something that lies among the data was not read. `Splits.notes` has the sentence, too; commands print it."""
+
+
+def require(sentence: str, *packages: str) -> None:
+    """Refuse to go on, with this sentence, where one of these packages cannot be imported."""
+    try:
+        for package in packages:
+            import_module(package)
+    except ImportError:
+        raise InputError(sentence) from None
 
 
 SHOWN = 60

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from antibackdoor.data.core import Spec
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, require
 from antibackdoor.files import atomically, check_replaceable, write_csv
 from antibackdoor.runs import issues_table, load_model, read_suspects
 
@@ -51,10 +51,7 @@ def export_run(folder: Path, out: Path, table: Table = "suspects") -> str:
 
 def write_parquet(out: Path, table: pd.DataFrame) -> None:
     """Write a table as parquet, atomically."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise InputError("writing parquet needs pyarrow: install it with  pip install 'antibackdoor[hf]'") from None
+    require("writing parquet needs pyarrow: install it with  pip install 'antibackdoor[hf]'", "pyarrow")
     atomically(out, lambda part: table.to_parquet(part, engine="pyarrow", index=False))
 
 
@@ -65,12 +62,11 @@ def export_onnx(model: nn.Module, spec: Spec, out: Path) -> None:
     Classes and value range are in the file's metadata. Raises InputError without the packages, or where the network
     cannot be exported.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise InputError("ONNX needs more packages: install them with  pip install 'antibackdoor[onnx]'") from None
+    packages = ("onnx", "onnxruntime", "onnxscript")
+    require("ONNX needs more packages: install them with  pip install 'antibackdoor[onnx]'", *packages)
+    import onnx
+    import onnxruntime
+
     model = model.cpu().eval()
     x = _examples(spec, 3)
     with tempfile.TemporaryDirectory() as scratch:

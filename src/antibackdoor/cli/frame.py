@@ -8,12 +8,15 @@ import re
 import shlex
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from antibackdoor.errors import InputError, unknown, visible
+from antibackdoor.errors import InputError, LeftOut, unknown, visible
 
 DEBUG = "ANTIBACKDOOR_DEBUG"
 JSON = "antibackdoor.json"
@@ -53,7 +56,8 @@ class Group(TyperGroup):
         RECEIVED.clear()
         try:
             try:
-                return super().invoke(ctx)
+                with notes_shown():
+                    return super().invoke(ctx)
             except Exception:
                 if RECEIVED:  # a library took the signal for a failure of its own, as aeon's do while they are imported
                     raise stop_by(RECEIVED[0]) from None
@@ -79,6 +83,23 @@ class Group(TyperGroup):
             fail(visible(f"{where}{error.strerror or error}."), 2, as_json=ctx.meta.get(JSON, False))
         except MemoryError:
             fail("the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
+
+
+@contextmanager
+def notes_shown() -> Iterator[None]:
+    """Print what a reader leaves out as a note on stderr, in place of Python's warning with its line of code."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+        warnings.simplefilter("always", LeftOut)
+
+        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+            if issubclass(category, LeftOut):
+                typer.echo(f"note: {message}", err=True)
+            else:
+                others(message, category, filename, lineno, *more)
+
+        warnings.showwarning = show
+        yield
 
 
 def told(error: typer.TyperException) -> InputError | str:

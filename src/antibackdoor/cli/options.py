@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
@@ -187,14 +186,10 @@ class ReadingSets(Reading):
     ] = None
 
     def load(self, data: str) -> Splits:
-        """The set, called as it was typed; what was not read is told on stderr."""
+        """The set, called as it was typed."""
         from antibackdoor.data.load import load
 
-        with warnings.catch_warnings(action="ignore"):
-            splits = load(data, **self.given())
-        for note in splits.notes:
-            typer.echo(f"note: {note}", err=True)
-        return replace(splits, name=data)
+        return replace(load(data, **self.given()), name=data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from antibackdoor.data.labels import TEST_NAMES
 from antibackdoor.data.parquet import declared
 from antibackdoor.data.series import Missing
 from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
-from antibackdoor.errors import InputError
+from antibackdoor.errors import InputError, require
 from antibackdoor.files import read_json
 from antibackdoor.limits import MAX_NAME, MAX_SAMPLE, inside, refuse_beyond_memory, refuse_growth, refuse_rows
 
@@ -64,10 +64,7 @@ def load_arrow(
     numbers and names of a `ClassLabel`; ids are row numbers within the split.
     Raises InputError for what cannot be read, and for columns that are neither or not alone.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise InputError(f"reading {path} needs pyarrow: install it with  pip install 'antibackdoor[hf]'") from None
+    require(f"reading {path} needs pyarrow: install it with  pip install 'antibackdoor[hf]'", "pyarrow")
     first, second = _files(path)
     if test is not None:
         own, other = _files(test)

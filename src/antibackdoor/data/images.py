@@ -26,9 +26,9 @@ from torch import Tensor
 
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
-from antibackdoor.data.labels import TEST_NAMES, LeftOut, number
+from antibackdoor.data.labels import TEST_NAMES, number
 from antibackdoor.data.packed import Block, Pack, rows_in_block
-from antibackdoor.errors import InputError, visible
+from antibackdoor.errors import InputError, LeftOut, visible
 from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")

@@ -10,11 +10,6 @@ from torch import Tensor
 from antibackdoor.errors import InputError
 from antibackdoor.limits import MAX_NAME
 
-
-class LeftOut(UserWarning):
-    """Something that lies among the data was not read; `Splits.notes` has the sentence, too."""
-
-
 TEST_NAMES = ("test", "validation", "valid", "val")
 """What the part of a set that nothing is trained on may be called; the first of these that is there is taken."""
 

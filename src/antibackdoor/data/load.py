@@ -21,13 +21,12 @@ from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.images import EXTENSIONS as IMAGES
 from antibackdoor.data.images import Size, has_class_folders, load_folder, load_manifest, load_unlabeled
-from antibackdoor.data.labels import LeftOut
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
 from antibackdoor.data.shards import EXTENSION as SHARD
 from antibackdoor.data.shards import is_shard_folder, load_shards
-from antibackdoor.errors import InputError, unknown
+from antibackdoor.errors import InputError, LeftOut, unknown
 from antibackdoor.limits import inside, refuse_special
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Rows, Spec, Splits
 from antibackdoor.data.images import FORMATS, MAX_SIDE, Size, box_of, decode_image, in_threads
-from antibackdoor.data.labels import TEST_NAMES, LeftOut, number
+from antibackdoor.data.labels import TEST_NAMES, number
 from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
-from antibackdoor.errors import InputError, visible
+from antibackdoor.errors import InputError, LeftOut, visible
 from antibackdoor.limits import inside
 
 CHUNK = 256

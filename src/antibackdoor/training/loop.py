@@ -88,6 +88,8 @@ class Repair(Steps):
     the network knows.
     """
 
+    batch_size: Annotated[int, Field(ge=2, description="samples a step, of so many at most")] = 128
+
     def batch_for(self, n: int) -> int:
         """The batch size as asked for, of n samples at most."""
         return min(self.batch_size, n)
