@@ -143,7 +143,10 @@ def check_free(out: Path) -> None:
 
 
 def check_replaceable(out: Path, columns: Sequence[str]) -> None:
-    """Refuse to write a CSV table over anything but an older one that begins with the same columns."""
+    """Refuse to write a file over anything but what the same command may have written there before.
+
+    That is a CSV table that begins with these columns, or a file whose ending is in `REPLACED`.
+    """
     if out.is_dir():
         raise InputError(f"{out} is a folder; give the name of a file to write.")
     if not out.is_file() or out.is_symlink():

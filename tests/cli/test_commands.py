@@ -164,3 +164,4 @@ def test_a_grid_names_data_that_are_there(run: Run, tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text('[[cells]]\ndata = ["digit"]\n')
     told = run("bench", tmp_path / "grid.toml", "--out", tmp_path / "out", "--plan", status=2).output
     assert "unknown data set" in told and "did you mean 'digits'" in told
+    run("bench", tmp_path / "grid.toml", "--out", tmp_path / "out", "--table")  # what there is can be shown without

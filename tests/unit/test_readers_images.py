@@ -84,13 +84,21 @@ def test_of_two_test_sets_one_is_read_and_the_other_told(folder, tmp_path):
 def test_splits_are_never_read_as_classes(folder, tmp_path, train, other):
     for split in (train, other):
         shutil.copytree(folder, tmp_path / "both" / split)
-    with pytest.raises(InputError, match=f"{train} holds folders as .* lies '{other}'; call the two"):
+    with pytest.raises(InputError, match=f"{train} holds folders as .* so does .*{other}: call them"):
         load(tmp_path / "both")
 
 
 def test_a_class_may_be_called_train(folder):
     (folder / "cat").rename(folder / "train")
     assert load(folder).train.spec.classes == ("dog", "train")
+    save(folder / "train" / "steam" / "engine.png")
+    assert "train/steam/engine.png" in load(folder).train.ids
+
+
+def test_a_training_set_called_otherwise_is_no_class(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "all" / "Training")
+    with pytest.raises(InputError, match="and it lies alone: call them"):
+        load(tmp_path / "all")
 
 
 def test_unknown_class_in_test_is_refused(folder, tmp_path):

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -92,11 +92,18 @@ def notes_shown() -> Iterator[None]:
         others = warnings.showwarning
         warnings.simplefilter("always", LeftOut)
 
-        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, LeftOut):
                 typer.echo(f"note: {message}", err=True)
             else:
-                others(message, category, filename, lineno, *more)
+                others(message, category, filename, lineno, file, line)
 
         warnings.showwarning = show
         yield

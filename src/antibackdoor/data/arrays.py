@@ -239,7 +239,7 @@ class _Part:
 
     def _numbered(self, y: npt.NDArray[np.int64], classes: tuple[str, ...]) -> npt.NDArray[np.int64]:
         """Labels as places among classes that are named by numbers; as they are where these have other names."""
-        if not all(name.isdecimal() for name in classes):
+        if not all(name.isdecimal() and len(name) < 19 for name in classes):  # 64 bits hold no more digits
             return y
         known = np.array([int(name) for name in classes], dtype=np.int64)
         lost = y[~np.isin(y, known)]

@@ -102,19 +102,20 @@ def load_folder(
     size: `image_size` squared (or a width and a height) or, if None, the training set's most common size with each side
     capped at 64 pixels. memory_map: see `Pack`.
     Raises InputError for files that are no readable images (all counted, the first five named) unless
-    `skip_unreadable`, for links that lead out of the folder, and for a folder of class folders whose name begins with
-    "train" among folders that are no other split: classes would be read as splits or the other way round.
+    `skip_unreadable`, for links that lead out of the folder, and where a folder whose name begins with "train" holds
+    folders that another one has, too, which is called otherwise: splits would be read as classes.
     """
-    inside = {entry.name for entry in _visible(root) if entry.is_dir()}
+    inside = _folders(root)
     trains = [name for name in sorted(inside) if name.lower().startswith("train") and has_class_folders(root / name)]
     split = trains == ["train"] and inside <= {"train", *TEST_NAMES}
     if trains and not split:
-        others = ", ".join(repr(name) for name in sorted(inside - {trains[0]})[:3])
-        raise InputError(
-            f"{root / trains[0]} holds folders as a training set does, but beside it "
-            f"{f'lies {others}' if others else 'lies nothing'}; call the two 'train' and 'test', or give the "
-            "training set alone (and the other with --test)."
-        )
+        alike = [name for name in sorted(inside - {trains[0]}) if _folders(root / name) & _folders(root / trains[0])]
+        if alike or inside == {trains[0]}:
+            beside = f"so does {root / alike[0]}" if alike else "it lies alone"
+            raise InputError(
+                f"{root / trains[0]} holds folders as a training set does, and {beside}: call them 'train' and 'test', "
+                "or give the training set alone (and the other with --test)."
+            )
     train = _list_folder(root, root / "train" if split else root)
     held = None
     if test is not None:
@@ -150,7 +151,11 @@ def load_manifest(
 
 def has_class_folders(path: Path) -> bool:
     """Whether a folder's images lie in folders of their own, and not side by side."""
-    return any(entry.is_dir() for entry in _visible(path))
+    return bool(_folders(path))
+
+
+def _folders(path: Path) -> set[str]:
+    return {entry.name for entry in _visible(path) if entry.is_dir()}
 
 
 def load_unlabeled(path: Path, size: tuple[int, int], *, skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:

@@ -45,7 +45,9 @@ class Session:
     def cleaned(self, undecided: Undecided = "drop") -> Splits:
         """The set without what was dropped and with the labels that were given; the test set as it is."""
         stays, labels = self.decisions.cleaned(self.flagged, self.suggested, undecided)
-        return Splits(take_cleaned(self.data, stays, labels), self.splits.test, name=self.splits.name)
+        return Splits(
+            take_cleaned(self.data, stays, labels), self.splits.test, name=self.splits.name, notes=self.splits.notes
+        )
 
 
 def open_session(folder: Path, splits: Splits | None = None, source: str | None = None) -> Session:
