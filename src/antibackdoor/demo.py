@@ -27,18 +27,18 @@ from antibackdoor.report.words import measure
 
 @dataclass(frozen=True)
 class Scene:
-    """One part of the demonstration: a set, a small network, and what the two are called for a reader."""
+    """One part of the demonstration: a set, and what it is called for a reader."""
 
     data: str
-    model: str
     words: str
 
 
 SCENES = {
-    "image": Scene("digits", "resnet18-w8", "handwritten digits"),
-    "series": Scene("japanese_vowels", "resnet18-w16", "spoken vowels of nine speakers"),
+    "image": Scene("digits", "handwritten digits"),
+    "series": Scene("japanese_vowels", "spoken vowels of nine speakers"),
 }
 ATTACK, RATE = "badnets", 0.1
+MODEL = "resnet18-w16"
 RUNS = {"no defense": "none", "defended": "auto"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """For networks too small to be shared among threads, which would wait for each other most of the time."""
@@ -80,7 +80,7 @@ def run_demo(
         folder = out / f"{scene.data}-poisoned"
         write_poisoned(poisoned, folder)
         for name, defense in RUNS.items():
-            words = [folder / "data.npz", "--truth", folder, "--model", scene.model, "--defense", defense]
+            words = [folder / "data.npz", "--truth", folder, "--model", MODEL, "--defense", defense]
             words += ["--seed", seed, "--out", _folder(out, scene, defense)]
             words += ["--epochs", epochs] if epochs else []
             for key, value in given[defense].items():

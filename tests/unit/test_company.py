@@ -68,6 +68,19 @@ def test_a_group_of_faint_bonds_is_odd_where_nearly_all_others_are_bound(count: 
     assert set(CLASS_1[top(found.suspicion[CLASS_1], int(group.sum()))].tolist()) == rows_of(group)
 
 
+def test_poison_that_is_learned_after_an_easy_class_is_known_to_who_never_saw_the_label() -> None:
+    """Whatever the upper group of an opinion is: odd are those that outsiders recognize more."""
+    poison = first(120)
+    clean, home = (GIVEN == 1) & ~poison, noisy(torch.where(poison, 0.8, 0.4)).double()
+    early = torch.where(clean, 0.9, 0.1)
+    assert rows_of(company_of(poison, early).apart((DIVIDED,))) == rows_of(clean)
+    found = company_of(poison, early, home, home=1)
+    assert rows_of(found.apart((DIVIDED, 99.0))) == rows_of(poison)
+    assert rows_of(found.believed((DIVIDED, 99.0), 1, GIVEN, 0.5).apart((DIVIDED, 99.0))) == rows_of(poison)
+    assert set(CLASS_1[top(found.suspicion[CLASS_1], 120)].tolist()) == rows_of(poison)
+    assert set(CLASS_1[top(found.strangeness[CLASS_1], 120)].tolist()) == rows_of(poison)
+
+
 def test_where_an_opinion_is_sure_of_most_of_a_class_no_upper_group_is_ordinary() -> None:
     """210 of 240 were learned early and are bound to the label whatever they are averaged with: the 30 are clean."""
     clean = first(30)

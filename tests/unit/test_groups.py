@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, nearest, oddness, shared, sure
+from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, nearest, odd, oddness, shared, sure
 
 
 def normal(n: int, seed: int) -> Tensor:
@@ -91,6 +91,18 @@ def test_the_upper_end_is_odd() -> None:
 def test_an_upper_group_that_is_most_of_the_class_is_what_is_ordinary(most: float, turned: bool) -> None:
     got = oddness(torch.tensor([0.8, 0.81, 0.1, 0.82, 0.83]), ONE, [most])
     assert got.tolist() == pytest.approx([0.7, 0.5, 0.9, 0.3, 0.1] if turned else [0.3, 0.5, 0.1, 0.7, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("home", "most", "turned"), [(0.5, 0.65, True), (0.4, 0.65, False), (0.5, 0.59, False), (None, 0.65, False)]
+)
+def test_a_lower_group_that_is_at_home_elsewhere_is_odd(home: float | None, most: float, turned: bool) -> None:
+    """Others are sure of the upper two by 0.3 and 0.32 in the mean; the lower three are three fifths of all."""
+    known = None if home is None else torch.tensor([home, 0.3, home, 0.32, home])
+    values = torch.tensor([0.2, 0.9, 0.1, 0.8, 0.15])
+    assert torch.equal(odd(values, most, known), (values < 0.5) == turned)
+    got = oddness(values, ONE, [most], known)
+    assert got.tolist() == pytest.approx([0.5, 0.1, 0.9, 0.3, 0.7] if turned else [0.5, 0.9, 0.1, 0.7, 0.3])
 
 
 @pytest.mark.parametrize(

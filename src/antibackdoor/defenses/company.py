@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from antibackdoor.data.batches import Batch
 from antibackdoor.models.tap import Tap
-from antibackdoor.training.groups import FIRM, clarity, company, doubted, halves, odd, oddness, shared, sure
+from antibackdoor.training.groups import FIRM, FOREIGN, clarity, company, doubted, halves, odd, oddness, shared, sure
 from antibackdoor.training.ranking import within
 
 DIVIDED = 1.0
@@ -43,7 +43,8 @@ class Company:
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
     which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group, or that
     is rather at `home` elsewhere: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
-    `(o, n)`, shared `rounds` times.
+    `(o, n)`, shared `rounds` times. home: `(n,)` in [0, 1], how sure somebody who does not know the label is of
+    another, or None.
     suspicion: `(n,)`, percentile within the label of being `odd` in the opinions that divide it. clear: how clearly
     each opinion divides each class.
     """
@@ -55,6 +56,7 @@ class Company:
     opinions: Tensor
     suspicion: Tensor
     clear: Sequence[Sequence[float]]
+    home: Tensor | None = None
 
     @classmethod
     def of(
@@ -87,9 +89,11 @@ class Company:
             return 1.0 if foreign else most
 
         limits = [limit(label) for label in range(classes)]
-        suspicion = doubted(list(shares), [oddness(opinion, given, limits) for opinion in shares], given, DIVIDED)
+        known = None if home is None else opinions[home]
+        odd_in = [oddness(opinion, given, limits, known) for opinion in shares]
+        suspicion = doubted(list(shares), odd_in, given, DIVIDED)
         clear = [[clear_in(opinion, near.shape[1] - 1) for opinion in part] for part in heard]
-        return cls(given, near, rounds, limits, shares, suspicion, clear)
+        return cls(given, near, rounds, limits, shares, suspicion, clear, known)
 
     @property
     def clearest(self) -> Tensor:
@@ -110,7 +114,7 @@ class Company:
             if max(clear) >= DIVIDED:
                 rows = (self.given == label).nonzero().flatten()
                 heard = self.opinions[:, rows]
-                group = odd(heard[clear.index(max(clear))], self.most[label])
+                group = self._odd(clear.index(max(clear)), label, rows)
                 ordinary = heard[:, ~group].median(1, keepdim=True).values
                 strange[rows] = (2 * group + (heard - ordinary).abs().amax(0)).to(strange)
         return within(strange, self.given)
@@ -120,9 +124,9 @@ class Company:
         group = torch.zeros(len(self.given), dtype=torch.bool)
         for label, clear in enumerate(self.clear):
             rows = (self.given == label).nonzero().flatten()
-            for opinion, found, least in zip(self.opinions, clear, enough, strict=True):
+            for number, (found, least) in enumerate(zip(clear, enough, strict=True)):
                 if found >= least:
-                    group[rows] |= odd(opinion[rows], self.most[label])
+                    group[rows] |= self._odd(number, label, rows)
         return group
 
     def believed(self, enough: Sequence[float], home: int, seen: Tensor, most: float) -> Company:
@@ -138,10 +142,14 @@ class Company:
             for number, least in enumerate(enough):
                 if found[number] < least:
                     continue
-                group = rows[odd(self.opinions[number, rows], self.most[label])]
+                group = rows[self._odd(number, label, rows)]
                 if len(rows) < SMALL or (number == home and alike(label, seen[group], self.given) >= most):
                     found[number] = 0.0
         return replace(self, clear=clear)
+
+    def _odd(self, number: int, label: int, rows: Tensor) -> Tensor:
+        """The odd group of a class in the opinion of this number: `(m,)` bool of its `rows`."""
+        return odd(self.opinions[number, rows], self.most[label], None if self.home is None else self.home[rows])
 
     def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
@@ -176,10 +184,6 @@ def distance(counts: Tensor, others: Tensor) -> float:
     length = max(len(counts), len(others))
     shares = [F.pad(w.double() / w.sum().clamp_min(1e-12), (0, length - len(w))) for w in (counts, others)]
     return float((shares[0] - shares[1]).clamp_min(0).sum())
-
-
-FOREIGN = 0.1
-"""By how much more others recognize most of a class than the rest of it, if what most of it shows is not its own."""
 
 
 def elsewhere(opinion: Tensor, home: Tensor, neighbors: int, most: float) -> bool:

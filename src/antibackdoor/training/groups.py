@@ -56,10 +56,20 @@ def company(m: int, neighbors: int) -> int:
     return min(neighbors, max(1, m // 10), m - 1)
 
 
-def odd(values: Tensor, most: float) -> Tensor:
-    """The odd one of the `halves` of `(m,)`, bool: the upper, unless it is more than `most` of all, the ordinary."""
-    upper = halves(values)[0]
-    return ~upper if float(upper.double().mean()) > most else upper
+FOREIGN = 0.1
+"""By how much more others recognize one part of a class than the rest of it, if what it shows is not its own."""
+
+
+def odd(values: Tensor, most: float, home: Tensor | None = None) -> Tensor:
+    """The odd one of the `halves` of `(m,)`, bool: the upper, or the lower if that is rather at home elsewhere.
+
+    But never more than `most` of all, which is what is ordinary. home: `(m,)` in [0, 1], how sure somebody who does not
+    know the class is of another; None if there is nobody.
+    """
+    group = halves(values)[0]
+    if home is not None and float(home[~group].mean() - home[group].mean()) >= FOREIGN:
+        group = ~group
+    return ~group if float(group.double().mean()) > most else group
 
 
 SURE = 0.9
@@ -79,16 +89,16 @@ def sure(values: Tensor, most: float) -> bool:
     return certain and float(upper.double().mean()) > most
 
 
-def oddness(opinions: Tensor, labels: Tensor, most: Sequence[float]) -> Tensor:
+def oddness(opinions: Tensor, labels: Tensor, most: Sequence[float], home: Tensor | None = None) -> Tensor:
     """Percentile `(n,)` in (0, 1), within its label, of how far towards the `odd` end a sample's opinion lies.
 
-    most: of each class, by its number.
+    most: of each class, by its number. home: `(n,)`, as `odd` reads it.
     """
     toward = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
         if len(rows) > 1:
-            group = odd(toward[rows], most[label])
+            group = odd(toward[rows], most[label], None if home is None else home[rows])
             if toward[rows][group].mean() < toward[rows][~group].mean():
                 toward[rows] *= -1
     return within(toward, labels)
