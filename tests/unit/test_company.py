@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -68,17 +69,27 @@ def test_a_group_of_faint_bonds_is_odd_where_nearly_all_others_are_bound(count: 
     assert set(CLASS_1[top(found.suspicion[CLASS_1], int(group.sum()))].tolist()) == rows_of(group)
 
 
-def test_poison_that_is_learned_after_an_easy_class_is_known_to_who_never_saw_the_label() -> None:
-    """Whatever the upper group of an opinion is: odd are those that outsiders recognize more."""
+@pytest.mark.parametrize(
+    ("bond", "odd"),
+    [
+        (lambda poison: torch.full((N,), 0.5), "poison"),  # mixtures tell nothing, outsiders do
+        (lambda poison: torch.where(poison, 0.7, 0.1), "poison"),
+        (lambda poison: torch.where(poison, 0.1, 0.7), "clean"),
+    ],
+)
+def test_who_divides_a_class_says_which_of_its_early_and_late_samples_are_odd(
+    bond: Callable[[Tensor], Tensor], odd: str
+) -> None:
+    """A class may be learned before its poison: mixtures tell, where they divide it, and outsiders otherwise."""
     poison = first(120)
-    clean, home = (GIVEN == 1) & ~poison, noisy(torch.where(poison, 0.8, 0.4)).double()
-    early = torch.where(clean, 0.9, 0.1)
-    assert rows_of(company_of(poison, early).apart((DIVIDED,))) == rows_of(clean)
-    found = company_of(poison, early, home, home=1)
-    assert rows_of(found.apart((DIVIDED, 99.0))) == rows_of(poison)
-    assert rows_of(found.believed((DIVIDED, 99.0), 1, GIVEN, 0.5).apart((DIVIDED, 99.0))) == rows_of(poison)
-    assert set(CLASS_1[top(found.suspicion[CLASS_1], 120)].tolist()) == rows_of(poison)
-    assert set(CLASS_1[top(found.strangeness[CLASS_1], 120)].tolist()) == rows_of(poison)
+    group = {"poison": poison, "clean": (GIVEN == 1) & ~poison}
+    early, home = torch.where(poison, 0.1, 0.9) * (GIVEN == 1), noisy(torch.where(poison, 0.8, 0.4)).double()
+    assert rows_of(company_of(poison, early).apart((DIVIDED,))) == rows_of(group["clean"])
+    found = company_of(poison, early, bond(poison) * (GIVEN == 1), home, home=2)
+    enough = (DIVIDED, 99.0, 99.0)
+    assert rows_of(found.apart(enough)) == rows_of(group[odd])
+    assert rows_of(found.believed(enough, 2, GIVEN, 0.5).apart(enough)) == rows_of(group[odd])
+    assert set(CLASS_1[top(found.strangeness[CLASS_1], 120)].tolist()) == rows_of(group[odd])
 
 
 def test_where_an_opinion_is_sure_of_most_of_a_class_no_upper_group_is_ordinary() -> None:

@@ -94,11 +94,11 @@ def test_an_upper_group_that_is_most_of_the_class_is_what_is_ordinary(most: floa
 
 
 @pytest.mark.parametrize(
-    ("home", "most", "turned"), [(0.5, 0.65, True), (0.4, 0.65, False), (0.5, 0.59, False), (None, 0.65, False)]
+    ("other", "most", "turned"), [(0.5, 0.65, True), (0.4, 0.65, False), (0.5, 0.59, False), (None, 0.65, False)]
 )
-def test_a_lower_group_that_is_at_home_elsewhere_is_odd(home: float | None, most: float, turned: bool) -> None:
-    """Others are sure of the upper two by 0.3 and 0.32 in the mean; the lower three are three fifths of all."""
-    known = None if home is None else torch.tensor([home, 0.3, home, 0.32, home])
+def test_another_opinion_may_say_that_the_lower_group_is_odd(other: float | None, most: float, turned: bool) -> None:
+    """It gives the upper two 0.31 in the mean; the lower three are three fifths of all."""
+    known = None if other is None else torch.tensor([other, 0.3, other, 0.32, other])
     values = torch.tensor([0.2, 0.9, 0.1, 0.8, 0.15])
     assert torch.equal(odd(values, most, known), (values < 0.5) == turned)
     got = oddness(values, ONE, [most], known)

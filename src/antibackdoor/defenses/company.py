@@ -43,8 +43,9 @@ class Company:
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
     which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group, or that
     is rather at `home` elsewhere: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
-    `(o, n)`, shared `rounds` times. home: `(n,)` in [0, 1], how sure somebody who does not know the label is of
-    another, or None.
+    `(o, n)`, shared `rounds` times; the first is how early samples were learned, which tells groups apart but not which
+    of them is odd, since a class may be easier than its poison. other: `(n,)` in [0, 1], an opinion that tells that of
+    its groups: one that divides the class itself or, where none does, how much a sample is at `home` elsewhere.
     suspicion: `(n,)`, percentile within the label of being `odd` in the opinions that divide it. clear: how clearly
     each opinion divides each class.
     """
@@ -56,7 +57,7 @@ class Company:
     opinions: Tensor
     suspicion: Tensor
     clear: Sequence[Sequence[float]]
-    home: Tensor | None = None
+    other: Tensor | None = None
 
     @classmethod
     def of(
@@ -89,11 +90,16 @@ class Company:
             return 1.0 if foreign else most
 
         limits = [limit(label) for label in range(classes)]
-        known = None if home is None else opinions[home]
-        odd_in = [oddness(opinion, given, limits, known) for opinion in shares]
-        suspicion = doubted(list(shares), odd_in, given, DIVIDED)
         clear = [[clear_in(opinion, near.shape[1] - 1) for opinion in part] for part in heard]
-        return cls(given, near, rounds, limits, shares, suspicion, clear, known)
+        other = None if home is None else opinions[home].double()
+        if other is not None:
+            for label, found in enumerate(clear):
+                firm = [number for number in range(1, len(found)) if number != home and found[number] >= DIVIDED]
+                for number in firm:
+                    other = torch.where(given == label, opinions[number].double(), other)
+        odd_in = [oddness(share, given, limits, None if number else other) for number, share in enumerate(shares)]
+        suspicion = doubted(list(shares), odd_in, given, DIVIDED)
+        return cls(given, near, rounds, limits, shares, suspicion, clear, other)
 
     @property
     def clearest(self) -> Tensor:
@@ -149,7 +155,8 @@ class Company:
 
     def _odd(self, number: int, label: int, rows: Tensor) -> Tensor:
         """The odd group of a class in the opinion of this number: `(m,)` bool of its `rows`."""
-        return odd(self.opinions[number, rows], self.most[label], None if self.home is None else self.home[rows])
+        other = None if number or self.other is None else self.other[rows]
+        return odd(self.opinions[number, rows], self.most[label], other)
 
     def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.

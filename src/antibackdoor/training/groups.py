@@ -57,17 +57,16 @@ def company(m: int, neighbors: int) -> int:
 
 
 FOREIGN = 0.1
-"""By how much more others recognize one part of a class than the rest of it, if what it shows is not its own."""
+"""By how much more is said of one part of a class than of the rest of it, in the mean, if that means anything."""
 
 
-def odd(values: Tensor, most: float, home: Tensor | None = None) -> Tensor:
-    """The odd one of the `halves` of `(m,)`, bool: the upper, or the lower if that is rather at home elsewhere.
+def odd(values: Tensor, most: float, other: Tensor | None = None) -> Tensor:
+    """The odd one of the `halves` of `(m,)`, bool: the upper, or the lower if an `other` opinion, in [0, 1], says so.
 
-    But never more than `most` of all, which is what is ordinary. home: `(m,)` in [0, 1], how sure somebody who does not
-    know the class is of another; None if there is nobody.
+    But never more than `most` of all, which is what is ordinary.
     """
     group = halves(values)[0]
-    if home is not None and float(home[~group].mean() - home[group].mean()) >= FOREIGN:
+    if other is not None and float(other[~group].mean() - other[group].mean()) >= FOREIGN:
         group = ~group
     return ~group if float(group.double().mean()) > most else group
 
@@ -89,16 +88,16 @@ def sure(values: Tensor, most: float) -> bool:
     return certain and float(upper.double().mean()) > most
 
 
-def oddness(opinions: Tensor, labels: Tensor, most: Sequence[float], home: Tensor | None = None) -> Tensor:
+def oddness(opinions: Tensor, labels: Tensor, most: Sequence[float], other: Tensor | None = None) -> Tensor:
     """Percentile `(n,)` in (0, 1), within its label, of how far towards the `odd` end a sample's opinion lies.
 
-    most: of each class, by its number. home: `(n,)`, as `odd` reads it.
+    most: of each class, by its number. other: `(n,)`, as `odd` reads it.
     """
     toward = opinions.double().clone()
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
         if len(rows) > 1:
-            group = odd(toward[rows], most[label], None if home is None else home[rows])
+            group = odd(toward[rows], most[label], None if other is None else other[rows])
             if toward[rows][group].mean() < toward[rows][~group].mean():
                 toward[rows] *= -1
     return within(toward, labels)
