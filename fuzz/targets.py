@@ -24,7 +24,7 @@ from PIL import Image
 from antibackdoor.bench.declared import tables_text
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.data.core import Data, Spec
-from antibackdoor.data.images import decode_image
+from antibackdoor.data.decoding import decode_image
 from antibackdoor.data.load import load
 from antibackdoor.data.truth import read_truth
 from antibackdoor.exports import read_suspects

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from antibackdoor.api import train
-from antibackdoor.data import copies, images, load
+from antibackdoor.data import copies, decoding, load
 from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.copies import copies_of, keep_only, stamp
 from antibackdoor.data.core import Splits
@@ -148,8 +148,8 @@ def test_a_damaged_copy_of_images_is_made_anew(photos: Path, case: str, monkeypa
     assert json.loads(pack.read_text()) == HONEST
     written(pack, PACKS[case])
     calls: list[Path] = []
-    decode = images.decode_image
-    monkeypatch.setattr(images, "decode_image", lambda *given: calls.append(photos) or decode(*given))
+    decode = decoding.decode_image
+    monkeypatch.setattr(decoding, "decode_image", lambda *given: calls.append(photos) or decode(*given))
     assert load.load(photos, memory_map=True).train.fingerprint() == want
     assert len(calls) == 9 and json.loads(pack.read_text()) == HONEST
     load.load(photos, memory_map=True)
@@ -179,8 +179,8 @@ def test_a_change_that_presets_size_and_time_is_seen(
     made: list[str] = []
     real = copies.atomically
     monkeypatch.setattr(copies, "atomically", lambda *given: made.append("array") or real(*given))
-    decode = images.decode_image
-    monkeypatch.setattr(images, "decode_image", lambda *given: made.append("image") or decode(*given))
+    decode = decoding.decode_image
+    monkeypatch.setattr(decoding, "decode_image", lambda *given: made.append("image") or decode(*given))
     load.load(path, memory_map=True)
     assert made
 

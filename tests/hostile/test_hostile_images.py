@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from antibackdoor.data import images
-from antibackdoor.data.images import decode_image
+from antibackdoor.data import decoding
+from antibackdoor.data.decoding import decode_image
 from antibackdoor.data.load import load
 from antibackdoor.errors import InputError
 from hostile_files import Case, encoded, folder, png, refused, sparse, written
@@ -272,7 +272,7 @@ def test_orientation_is_not_applied() -> None:
 def test_large_images_are_decoded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some at once, 64 million pixels each, would take some GiB."""
     held: list[int] = []
-    inner, most = images._decoded, []
+    inner, most = decoding._decoded, []
 
     def counted(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> object:
         held.append(1)
@@ -281,12 +281,12 @@ def test_large_images_are_decoded_one_by_one(tmp_path: Path, monkeypatch: pytest
         held.pop()
         return inner(image, encoded, size)
 
-    monkeypatch.setattr(images, "_decoded", counted)
+    monkeypatch.setattr(decoding, "_decoded", counted)
     root = folder(tmp_path / "set", **{f"{k}__png": encoded() for k in range(12)})
     load(root)
     assert max(most) > 1
     most.clear()
-    monkeypatch.setattr(images, "LARGE", 63)
+    monkeypatch.setattr(decoding, "LARGE", 63)
     load(root)
     assert max(most) == 1 and len(most) == 14
 

@@ -38,10 +38,18 @@ IMAGE = encoded()
 PANDAS = "pandas.read_csv"
 """Has an error of its own for it."""
 READERS: dict[str, tuple[str, Callable[[Path], Path], Callable[[Path], object]]] = {
-    "images": ("data.images.decode_image", folder, skipping),
-    "sizes of images": ("data.images.Image.open", folder, skipping),
-    "images in a table": ("data.stream.decode_image", lambda p: parquet(p, image=[IMAGE] * 2, label=[0, 1]), skipping),
-    "images in a shard": ("data.stream.decode_image", lambda p: tarred(p, ("a.png", IMAGE), ("a.cls", b"0")), skipping),
+    "images": ("data.decoding.decode_image", folder, skipping),
+    "sizes of images": ("data.decoding.Image.open", folder, skipping),
+    "images in a table": (
+        "data.decoding.decode_image",
+        lambda p: parquet(p, image=[IMAGE] * 2, label=[0, 1]),
+        skipping,
+    ),
+    "images in a shard": (
+        "data.decoding.decode_image",
+        lambda p: tarred(p, ("a.png", IMAGE), ("a.cls", b"0")),
+        skipping,
+    ),
     "pages of a table": ("data.arrow.declared", lambda p: parquet(p, series=[[1.0]] * 2, label=[0, 1]), load),
     "arrays": ("data.arrays.read_member", images_npz, load),
     "headers of arrays": ("data.npy.read_header", images_npz, load),

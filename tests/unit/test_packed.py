@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from antibackdoor.data import packed
+from antibackdoor.data import decoding, packed
 from antibackdoor.data.copies import copies_of
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load
@@ -29,12 +29,9 @@ def on_disk(splits: Splits) -> bool:
 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every image that is decoded."""
-    from antibackdoor.data import images, stream
-
     calls: list[int] = []
-    real = images.decode_image
-    for module in (images, stream):
-        monkeypatch.setattr(module, "decode_image", lambda *args: calls.append(1) or real(*args))
+    real = decoding.decode_image
+    monkeypatch.setattr(decoding, "decode_image", lambda *args: calls.append(1) or real(*args))
     return calls
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from antibackdoor.data.core import check_trainable
-from antibackdoor.data.images import MAX_PIXELS, decode_image
+from antibackdoor.data.decoding import MAX_PIXELS, decode_image
 from antibackdoor.data.load import load
 from antibackdoor.errors import InputError
 from antibackdoor.runs import describe_data
@@ -135,7 +135,7 @@ def test_damaged_checksum_is_seen(folder):
 
 def test_huge_images_are_refused(folder, monkeypatch):
     assert MAX_PIXELS == 64 * 2**20
-    monkeypatch.setattr("antibackdoor.data.images.MAX_PIXELS", 40)
+    monkeypatch.setattr("antibackdoor.data.decoding.MAX_PIXELS", 40)
     with pytest.raises(InputError, match=r"6 of 6 files.*8x6 pixels are more than the limit"):
         load(folder)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
-from antibackdoor.data.images import Size
+from antibackdoor.data.decoding import Size
 from antibackdoor.data.ipc import at_stream, unpacked
 from antibackdoor.data.labels import TEST_NAMES
 from antibackdoor.data.parquet import declared
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
+from antibackdoor.data.stream import Container, Labels, found_in, read_container
 from antibackdoor.errors import InputError, require
 from antibackdoor.files import read_json
 from antibackdoor.limits import MAX_NAME, MAX_SAMPLE, inside, refuse_beyond_memory, refuse_growth, refuse_rows
@@ -72,19 +73,7 @@ def load_arrow(
     if not first:
         raise InputError(f"{path} holds no training set; its files are all named as test sets.")
     parts = [_Part(first, path)] + ([_Part(second, test or path)] if second else [])
-    if len({part.column.image for part in parts}) > 1:
-        raise InputError(f"{path}: one of training and test set holds images, the other series.")
-    if parts[0].column.image:
-        encoded = [Encoded(part.encoded, part.labels, part.files) for part in parts]
-        held = encoded[1] if second else None
-        return images(encoded[0], held, path, image_size, skip_unreadable=skip, memory_map=memory_map)
-    if memory_map:
-        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
-    if image_size is not None:
-        raise InputError(f"{path} holds series; image_size is for images.")
-    cases = [list(part.cases()) for part in parts]
-    ids = [[str(row) for row in range(len(part))] for part in cases]
-    return series(cases, ids, [part.labels() for part in parts], str(path), missing)
+    return read_container(parts, path, image_size, missing, skip, memory_map)
 
 
 @dataclass(frozen=True)
@@ -93,8 +82,8 @@ class _Column:
     image: bool
 
 
-class _Part:
-    """The tables of one split; every pass reads them anew, in pieces."""
+class _Part(Container):
+    """The tables of one split, read in pieces."""
 
     def __init__(self, files: Sequence[Path], where: Path):
         self.files, self.where = files, where
@@ -103,12 +92,14 @@ class _Part:
             features = _features(schema)
             self.label, self.classes = _label_column(schema, features, where)
             self.column = _sample_column(schema, features, self.label, where)
-        self._given = self._labels()  # before any sample: whatever is wrong with them costs nothing
+        self.image = self.column.image
+        self.labels = self._labels()  # before any sample: whatever is wrong with them costs nothing
+        self.ids = [str(row) for row in range(len(self.labels.given))]
 
-    def encoded(self) -> Iterator[tuple[str, bytes]]:
-        """Row number and encoded image of every row."""
+    def images(self) -> Iterator[bytes]:
+        """The encoded image of every row."""
         handed, size = 0, sum(file.stat().st_size for file in self.files)
-        for row, value in enumerate(self._values(self.column.name)):
+        for row, value in self._samples():
             inner = value["bytes"] if hasattr(value, "keys") and value.is_valid else value
             found = inner.as_buffer() if inner.is_valid else None
             if found is None:
@@ -120,11 +111,11 @@ class _Part:
                 raise InputError(f"{self.where}: row {row} holds {found.size:,} bytes; at most 64 MiB are read.")
             handed += found.size
             refuse_growth(f"{self.where}, an image that is there once for each row that shows it,", handed, size)
-            yield str(row), found.to_pybytes()
+            yield found.to_pybytes()
 
     def cases(self) -> Iterator[npt.NDArray[Any]]:
         """The series of every row."""
-        for row, value in enumerate(self._values(self.column.name)):
+        for row, value in self._samples():
             case = _numbers(value.values) if value.is_valid else None
             if case is None:
                 raise InputError(
@@ -132,10 +123,6 @@ class _Part:
                     "needed, all channels of one length."
                 )
             yield case
-
-    def labels(self) -> Labels:
-        """The labels of every row."""
-        return self._given
 
     def _labels(self) -> Labels:
         given: list[str | int] = []
@@ -150,6 +137,13 @@ class _Part:
                 )
             given.append(value)
         return Labels(given, self.classes)
+
+    def _samples(self) -> Iterator[tuple[str, Any]]:
+        """Row number and value of every row; in a damaged file there may be more of them than labels, or fewer."""
+        for row, value in zip_longest(self.ids, self._values(self.column.name)):
+            if row is None or value is None:
+                raise InputError(f"cannot read {self.where}: {self.label!r} and {self.column.name!r} differ in length.")
+            yield row, value
 
     def _values(self, column: str) -> Iterator[Any]:
         for file in self.files:

@@ -4,58 +4,33 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import sys
-import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
-from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias, TypeVar
+from typing import IO
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from antibackdoor.data.copies import stamp
-from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
+from antibackdoor.data.core import Splits
+from antibackdoor.data.decoding import EXTENSIONS, Encoded, Size, Split, read_images
 from antibackdoor.data.labels import TEST_NAMES, number
-from antibackdoor.data.packed import Block, Pack, rows_in_block
 from antibackdoor.errors import InputError, LeftOut, visible
-from antibackdoor.limits import MAX_TEXT, containment, read_bytes, refuse_special
+from antibackdoor.limits import MAX_SAMPLE, MAX_TEXT, containment, refuse_special
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
-MAX_PIXELS = 64 * 2**20
-LARGE, _ONE_AT_A_TIME = 4 * 2**20, threading.Lock()
-"""Images of more pixels are decoded one by one: every thread with one in its hands would take half a GiB."""
-MAX_SCANS = 100
-"""Scans of a JPEG; honest ones have some 10, each goes over all pixels, and a scan of no change takes 12 bytes."""
-MAX_SIDE = 64
 MAX_DEPTH = 64
-LOW_BITS = 2**12
-"""Images of 16 bits whose values all stay below would keep 4 bits at most, and are black to whoever reads them so."""
-FILES = 4096
-"""Files that are handed to the threads at a time."""
-Size: TypeAlias = int | tuple[int, int] | None
-"""That images are resized to: a side, (width, height), or the most common one."""
 CLUTTER = {"thumbs.db", "desktop.ini"}
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
-class Listing:
+class Listing(Split):
     """Files that are to be read: the folder they lie in, their paths below it (the ids), their class names."""
 
+    unreadable = "files in {} cannot be read as images"
     root: Path
     ids: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -77,15 +52,22 @@ class Listing:
             except (OSError, ValueError):  # ValueError: a NUL in a name
                 yield name, None
 
+    def encoded(self) -> Iterator[Encoded]:
+        """The files, each to be opened in the thread that decodes it."""
+        return (Encoded(partial(self._open, row)) for row in range(len(self.ids)))
 
-def box_of(size: Size) -> tuple[int, int] | None:
-    """`(width, height)`; InputError for sides that no image has."""
-    if size is None:
-        return None
-    width, height = (size, size) if isinstance(size, int) else size
-    if min(width, height) < 1:
-        raise InputError(f"image_size={size} is not a number of pixels; give 1 or more.")
-    return width, height
+    def _open(self, row: int) -> IO[bytes]:
+        path = self.path(row)
+        if not self.names[row]:
+            raise ValueError("it is in no class folder")
+        if path.suffix.lower() not in EXTENSIONS:
+            raise ValueError("not an image file by its name")
+        refuse_special(path, MAX_SAMPLE)
+        return path.open("rb")
+
+    def numbered(self, rows: list[int], classes: Sequence[str] | None) -> tuple[Tensor, list[str]]:
+        """A class is there where an image of it can be read."""
+        return number([self.names[row] for row in rows], [self.ids[row] for row in rows], classes)
 
 
 def load_folder(
@@ -116,17 +98,16 @@ def load_folder(
                 f"{root / trains[0]} holds folders as a training set does, and {beside}: call them 'train' and 'test', "
                 "or give the training set alone (and the other with --test)."
             )
-    train = _list_folder(root, root / "train" if split else root)
-    held = None
+    splits = [_list_folder(root, root / "train" if split else root)]
     if test is not None:
-        held = _list_folder(test, test)
+        splits.append(_list_folder(test, test))
     elif split and (names := [name for name in TEST_NAMES if name in inside]):
-        held = _list_folder(root, root / names[0])
+        splits.append(_list_folder(root, root / names[0]))
         for name in names[1:]:
             warnings.warn(
                 visible(f"{root / name} is not read: the test set is {root / names[0]}."), LeftOut, stacklevel=4
             )
-    return _read_splits(train, held, root, image_size, skip_unreadable, memory_map)
+    return read_images(splits, root, image_size, skip_unreadable, memory_map)
 
 
 def load_manifest(
@@ -146,7 +127,10 @@ def load_manifest(
     if test is not None:
         first, second = _list_manifest(test)
         held = second if second.ids else first
-    return _read_splits(train, held if held.ids else None, path, image_size, skip_unreadable, memory_map)
+    if not train.ids:
+        raise InputError(f"{path} lists no training images.")
+    splits = [train, held] if held.ids else [train]
+    return read_images(splits, path, image_size, skip_unreadable, memory_map)
 
 
 def has_class_folders(path: Path) -> bool:
@@ -167,7 +151,7 @@ def load_unlabeled(path: Path, size: tuple[int, int], *, skip_unreadable: bool =
     if not files:
         raise InputError(f"{path} holds no images.")
     listing = Listing(path if path.is_dir() else path.parent, [file.name for file in files], ["?"] * len(files))
-    data = _read_all([listing], path, size, skip_unreadable, memory_map=False)[0]
+    data = read_images([listing], path, size, skip_unreadable, memory_map=False).train
     return data.x[torch.arange(len(data))], list(data.ids)
 
 
@@ -252,166 +236,3 @@ def _list_manifest(path: Path) -> tuple[Listing, Listing]:
     if not train.ids and not test.ids:
         raise InputError(f"{path} lists no images.")
     return train, test
-
-
-def _read_splits(
-    train: Listing,
-    test: Listing | None,
-    where: Path,
-    image_size: Size,
-    skip: bool,
-    memory_map: bool | None,
-) -> Splits:
-    if not train.ids:
-        raise InputError(f"{where} lists no training images.")
-    listings = [train] if test is None or not test.ids else [train, test]
-    return Splits(*_read_all(listings, where, box_of(image_size), skip, memory_map))
-
-
-def _read_all(
-    listings: Sequence[Listing], where: Path, size: tuple[int, int] | None, skip: bool, memory_map: bool | None
-) -> list[Data]:
-    pack = Pack(where, chain([size], *(listing.state() for listing in listings)), memory_map)
-    if pack.old is not None:
-        box, read, bad = pack.saved()
-    else:
-        box = size or _common_size(listings[0])
-        # All splits are decoded before anything is refused, so that one sentence can count all that is wrong.
-        decoded = [_decode_all(listing, where, box, pack, split) for split, listing in enumerate(listings)]
-        read, bad = [x for x, _ in decoded], [found for _, found in decoded]
-        pack.done(box, read, bad)
-    failures = [
-        f"{listing.ids[row]}: {found[row]}" for listing, found in zip(listings, bad, strict=True) for row in found
-    ]
-    if failures:
-        listed = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
-        total = sum(len(listing.ids) for listing in listings)
-        sentence = f"{len(failures)} of {total} files in {where} cannot be read as images ({listed})"
-        if not skip:
-            raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
-    data: list[Data] = []
-    for listing, x, found in zip(listings, read, bad, strict=True):
-        keep = [i for i in range(len(x)) if i not in found]
-        if not keep:
-            raise InputError(f"{where} holds no image that can be read.")
-        ids, names = ([part[i] for i in keep] if found else part for part in (listing.ids, listing.names))
-        y, classes = number(names, ids, data[0].spec.classes if data else None)
-        spec = Spec("image", (3, box[1], box[0]), tuple(classes))
-        data.append(Data(taken(x, torch.tensor(keep)) if found else x, y, spec, ids))
-    return data
-
-
-def _common_size(listing: Listing) -> tuple[int, int]:
-    """The most common (width, height), each side capped; files that cannot be opened are reported when decoded."""
-
-    def size(row: int) -> tuple[int, int] | None:
-        try:
-            refuse_special(listing.path(row))
-            with Image.open(listing.path(row), formats=FORMATS) as image:
-                return image.size
-        except MemoryError:
-            raise
-        except Exception:
-            return None
-
-    counts: Counter[tuple[int, int]] = Counter()
-    for rows in pieces(len(listing.ids), FILES):
-        counts.update(found for found in in_threads(size, rows) if found)
-    width, height = max(counts, key=lambda found: (counts[found], found), default=(MAX_SIDE, MAX_SIDE))
-    return min(width, MAX_SIDE), min(height, MAX_SIDE)
-
-
-def _decode_all(
-    listing: Listing, where: Path, size: tuple[int, int], pack: Pack, split: int
-) -> tuple[Rows, dict[int, str]]:
-    """Pixels `(n, 3, H, W)` uint8 of all files, and what is wrong with those that cannot be read, by row."""
-    shape, bad = (3, size[1], size[0]), dict[int, str]()
-    with pack.writer(split, shape) as writer:
-        writer.expect(len(listing.ids), where)
-        for rows in pieces(len(listing.ids), min(FILES, rows_in_block(shape))):
-            block = np.zeros((len(rows), *shape), dtype=np.uint8)
-            reasons = in_threads(partial(_decode_file, listing, size, block, rows.start), rows)
-            bad.update((row, reason) for row, reason in zip(rows, reasons, strict=True) if reason)
-            writer.add(block)
-        return writer.rows(), bad
-
-
-def _decode_file(listing: Listing, size: tuple[int, int], block: Block, first: int, row: int) -> str | None:
-    """Put one file into its row of the block, which begins with the row `first`; what is wrong with it, if anything."""
-    path = listing.path(row)
-    if not listing.names[row]:
-        return "it is in no class folder"
-    if path.suffix.lower() not in EXTENSIONS:
-        return "not an image file by its name"
-    try:
-        block[row - first] = decode_image(read_bytes(path), size).transpose(2, 0, 1)
-    except FileNotFoundError:
-        return "no such file"
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        return str(error).split("<_io")[0].strip(" '") or type(error).__name__
-    return None
-
-
-def decode_image(encoded: bytes, size: tuple[int, int]) -> np.ndarray:
-    """One image file's bytes -> RGB `(H, W, 3)` uint8 of `size` (width, height); raises on damaged or huge files.
-
-    EXIF orientation is not applied: the field's training pipelines do not, and turning some images would make a set
-    differ from what others measured on it. Transparency is dropped.
-    """
-    image = Image.open(BytesIO(encoded), formats=FORMATS)
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than the limit of {MAX_PIXELS}")
-    scans = _scans(encoded) if encoded.startswith(b"\xff\xd8") else 1
-    if scans > MAX_SCANS or scans * pixels > 6 * MAX_PIXELS:
-        raise ValueError(f"{scans} scans of {image.width}x{image.height} pixels are more than any honest JPEG has")
-    with _ONE_AT_A_TIME if pixels > LARGE else nullcontext():
-        return _decoded(image, encoded, size)
-
-
-MARKER = re.compile(rb"\xff+([\x01-\xfe])")
-ALONE = frozenset(bytes([code]) for code in (0x01, *range(0xD0, 0xD9)))
-"""Markers of a JPEG without a length: nothing follows them."""
-
-
-def _scans(encoded: bytes) -> int:
-    """How many times a JPEG goes over its pixels: its segments, walked up to its end, one by one."""
-    place = scans = 0
-    while (found := MARKER.search(encoded, place)) and found[1] != b"\xd9":
-        scans += found[1] == b"\xda"
-        place = found.end()
-        if found[1] not in ALONE:
-            place += int.from_bytes(encoded[place : place + 2], "big")
-    return scans
-
-
-def _decoded(image: Image.Image, encoded: bytes, size: tuple[int, int]) -> np.ndarray:
-    if image.format == "PNG":  # the one format with checksums; decoding skips them, and verifying spends the object
-        image.verify()
-        image = Image.open(BytesIO(encoded), formats=FORMATS)
-    if image.mode.startswith("I"):  # 16 bits: convert() would clip them to 255
-        deep = np.asarray(image)
-        if 0 < deep.max() < LOW_BITS:
-            raise ValueError(f"of 16 bits it uses values up to {deep.max()} only; scale it to 65535, or save 8 bits")
-        rgb = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    else:
-        rgb = image.convert("RGB")
-    return np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
-
-
-def pieces(n: int, size: int) -> Iterator[range]:
-    """Row numbers 0..n-1 in pieces."""
-    return (range(start, min(n, start + size)) for start in range(0, n, size))
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Map in a thread pool (decoders release the interpreter lock), in order, with decoders' own warnings silenced.
-
-    Every item waits in a queue of its own making: hand over a million in pieces.
-    """
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 2)) as pool:
-        warnings.simplefilter("ignore")
-        return list(pool.map(function, items))

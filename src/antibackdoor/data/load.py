@@ -19,8 +19,9 @@ from antibackdoor.data.arrow import is_arrow_folder, load_arrow
 from antibackdoor.data.catalog import CATALOG, found_named, load_named
 from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
-from antibackdoor.data.images import EXTENSIONS as IMAGES
-from antibackdoor.data.images import Size, has_class_folders, load_folder, load_manifest, load_unlabeled
+from antibackdoor.data.decoding import EXTENSIONS as IMAGES
+from antibackdoor.data.decoding import Size
+from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series

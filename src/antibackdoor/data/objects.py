@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from antibackdoor.data.core import Data, Spec, Splits
-from antibackdoor.data.images import Size, box_of
+from antibackdoor.data.decoding import Size, box_of
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import Labels, chunks, numbered, series
+from antibackdoor.data.stream import Labels, numbered, series
 from antibackdoor.errors import InputError
 
 SAMPLES = ("image", "x", "series", "data", "inputs")
@@ -83,8 +83,7 @@ class _Part:
                 f"the images of the {self.what} have different shapes ({', '.join(map(str, sorted(shapes)[:3]))}); "
                 "resize them in the data set, or give image_size."
             )
-        pieces = [torch.from_numpy(np.stack(chunk)) for chunk in chunks(self.rows, 4096)]
-        return torch.cat(pieces)
+        return torch.from_numpy(np.stack(self.rows))
 
     def _check_steady(self, dataset: Dataset[Any]) -> None:
         again = [_pair(item, row, self.what)[0] for row, item in enumerate(islice(_items(dataset), PROBED))]

@@ -15,12 +15,12 @@ from typing import Any
 import numpy.typing as npt
 
 from antibackdoor.data.core import Splits
-from antibackdoor.data.images import EXTENSIONS as IMAGES
-from antibackdoor.data.images import Size
+from antibackdoor.data.decoding import EXTENSIONS as IMAGES
+from antibackdoor.data.decoding import Size
 from antibackdoor.data.labels import TEST_NAMES
 from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Missing
-from antibackdoor.data.stream import Encoded, Labels, found_in, images, series
+from antibackdoor.data.stream import Container, Labels, found_in, read_container
 from antibackdoor.errors import InputError
 from antibackdoor.limits import MAX_SAMPLE
 
@@ -57,19 +57,7 @@ def load_shards(
     if not first:
         raise InputError(f"{path} holds no training shard; all are named as test sets.")
     parts = [_Part(files) for files in (first, second) if files]
-    kinds = {part.image for part in parts}
-    if len(kinds) > 1:
-        raise InputError(f"{path}: one of training and test set holds images, the other series.")
-    if kinds == {True}:
-        encoded = [Encoded(part.samples, part.labels, part.files) for part in parts]
-        held = encoded[1] if second else None
-        return images(encoded[0], held, path, image_size, skip_unreadable=skip, memory_map=memory_map)
-    if memory_map:
-        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
-    if image_size is not None:
-        raise InputError(f"{path} holds series; image_size is for images.")
-    cases = [[_array(name, encoded) for name, encoded in part.samples()] for part in parts]
-    return series(cases, [part.ids for part in parts], [part.labels() for part in parts], str(path), missing)
+    return read_container(parts, path, image_size, missing, skip, memory_map)
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -80,41 +68,39 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     return [file for file in files if file not in test], test
 
 
-class _Part:
+class _Part(Container):
     """One split. A first pass finds keys, labels and what the samples are; each later one hands out the samples."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = files
-        self.ids: list[str] = []
-        self._given: list[str | int] = []
+        given: list[str | int] = []
         keys: list[tuple[str, str]] = []
         endings: set[str] = set()
         for file in files:
             for key, parts in _grouped(file):
                 ending = _sample_ending(file, key, parts)
                 keys.append((file.name, key))
-                self._given.append(_label(file, key, parts))
+                given.append(_label(file, key, parts))
                 endings.add("npy" if ending == "npy" else "image")
         if not keys:
             raise InputError(f"{files[0]} holds no samples.")
         if len(endings) > 1:
             raise InputError(f"{files[0]}: some samples are images and some are arrays; a set must be of one kind.")
-        self.image = endings == {"image"}
+        self.image, self.labels = endings == {"image"}, Labels(given)
         alone = len({key for _, key in keys}) == len(keys)
         self.ids = [key if alone else f"{name}/{key}" for name, key in keys]
         if len(set(self.ids)) != len(self.ids):
             raise InputError(f"{files[0].parent}: two shards have the same name and the same keys; rename one.")
 
-    def samples(self) -> Iterator[tuple[str, bytes]]:
-        """Id and encoded sample, in the order of the ids."""
-        names = iter(self.ids)
+    def images(self) -> Iterator[bytes]:
+        """The file of every sample, an image or an array."""
         for file in self.files:
             for key, parts in _grouped(file):
-                yield next(names), parts[_sample_ending(file, key, parts)]
+                yield parts[_sample_ending(file, key, parts)]
 
-    def labels(self) -> Labels:
-        """The labels, in the order of the ids."""
-        return Labels(self._given)
+    def cases(self) -> Iterator[npt.NDArray[Any]]:
+        """The array of every sample."""
+        return map(_array, self.ids, self.images())
 
 
 def _grouped(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from antibackdoor.data.copies import stamp
-from antibackdoor.data.core import Data, Rows, Spec, Splits
-from antibackdoor.data.images import FORMATS, MAX_SIDE, Size, box_of, decode_image, in_threads
+from antibackdoor.data.core import Data, Splits
+from antibackdoor.data.decoding import Encoded, Size, Split, read_images
 from antibackdoor.data.labels import TEST_NAMES, number
-from antibackdoor.data.packed import Block, Pack
 from antibackdoor.data.series import Missing, from_cases
-from antibackdoor.errors import InputError, LeftOut, visible
+from antibackdoor.errors import InputError
 from antibackdoor.limits import inside
 
-CHUNK = 256
-"""Encoded images in memory at a time."""
-CHUNK_BYTES = 256 * 2**20
-"""Bytes of encoded images in memory at a time."""
 PLACES = ("data", "train", *TEST_NAMES)
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -43,62 +34,54 @@ class Labels:
     names: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Encoded images of one split; `read` can be called again. labels: known only once all was read; files: to read."""
+class Container(Split):
+    """One split in the files of a container: encoded images or series; every pass reads them anew.
 
-    read: Callable[[], Iterator[tuple[str, bytes]]]
-    labels: Callable[[], Labels]
+    Ids and labels are known before any sample is read.
+    """
+
+    unreadable = "images in {} cannot be read"
     files: Sequence[Path]
+    labels: Labels
+    image: bool
+
+    @abstractmethod
+    def images(self) -> Iterator[bytes]:
+        """All images as they are encoded."""
+
+    @abstractmethod
+    def cases(self) -> Iterator[npt.NDArray[Any]]:
+        """All series, `(T,)` or `(C, T)`."""
 
     def state(self) -> Iterator[object]:
-        """What the decoded images depend on: names, sizes and times of the files."""
+        """Names, sizes and times of the files."""
         for file in self.files:
             yield str(file), stamp(file)
 
+    def encoded(self) -> Iterator[Encoded]:
+        """The images, held in memory from here on."""
+        return (Encoded(partial(BytesIO, image), len(image)) for image in self.images())
 
-def images(
-    train: Encoded,
-    test: Encoded | None,
-    where: Path,
-    size: Size,
-    *,
-    skip_unreadable: bool = False,
-    memory_map: bool | None = False,
+    def numbered(self, rows: list[int], classes: Sequence[str] | None) -> tuple[Tensor, list[str]]:
+        """The container tells the classes, whichever images of it can be read."""
+        y, names = numbered(self.labels, self.ids, classes)
+        return y[torch.tensor(rows)], names
+
+
+def read_container(
+    splits: Sequence[Container], where: Path, image_size: Size, missing: Missing, skip: bool, memory_map: bool | None
 ) -> Splits:
-    """Splits of encoded images, decoded in pieces; all become RGB of one size, as a folder of image files does.
-
-    memory_map: see `Pack`. What was written before is read anew for its names and labels, but not decoded.
-    """
-    splits = [part for part in (train, test) if part is not None]
-    asked = box_of(size)
-    pack = Pack(where, chain([asked], *(part.state() for part in splits)), memory_map)
-    if pack.old is not None:
-        box, read, bad = pack.saved()
-        ids = [[name for name, _ in part.read()] for part in splits]
-    else:
-        box = asked or _common_size(train.read())
-        decoded = [_decode(part.read(), box, pack, split) for split, part in enumerate(splits)]
-        read, bad = [x for x, _, _ in decoded], [found for _, _, found in decoded]
-        ids = [names for _, names, _ in decoded]
-        pack.done(box, read, bad)
-    reasons = [f"{names[row]}: {found[row]}" for names, found in zip(ids, bad, strict=True) for row in found]
-    if reasons:
-        listed = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-        sentence = f"{len(reasons)} of {sum(map(len, ids))} images in {where} cannot be read ({listed})"
-        if not skip_unreadable:
-            raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
-    data: list[Data] = []
-    for part, x, names, found in zip(splits, read, ids, bad, strict=True):
-        y, classes = numbered(part.labels(), names, data[0].spec.classes if data else None)
-        whole = Data(x, y, Spec("image", (3, box[1], box[0]), tuple(classes)), names)
-        keep = torch.ones(len(names), dtype=torch.bool)
-        keep[torch.tensor(list(found), dtype=torch.int64)] = False
-        data.append(whole.take(keep.nonzero().squeeze(1)) if found else whole)
-        if not len(data[-1]):
-            raise InputError(f"{where} holds no image that can be read.")
-    return Splits(*data)
+    """Splits of images, as a folder of image files gives them, or of series; training part first, test part if any."""
+    if len({split.image for split in splits}) > 1:
+        raise InputError(f"{where}: one of training and test set holds images, the other series.")
+    if splits[0].image:
+        return read_images(splits, where, image_size, skip, memory_map)
+    if memory_map:
+        raise InputError(f"{where} holds series, which can be memory-mapped from an .npz file only.")
+    if image_size is not None:
+        raise InputError(f"{where} holds series; image_size is for images.")
+    cases = [list(split.cases()) for split in splits]
+    return series(cases, [split.ids for split in splits], [split.labels for split in splits], str(where), missing)
 
 
 def series(
@@ -165,67 +148,9 @@ def _as_series(case: npt.NDArray[Any], name: str, where: str) -> npt.NDArray[np.
     return np.atleast_2d(case).astype(np.float64)
 
 
-def _common_size(records: Iterator[tuple[str, bytes]]) -> tuple[int, int]:
-    """The most common (width, height), each side capped as for image files."""
-    counts: Counter[tuple[int, int]] = Counter()
-    for _, encoded in records:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(BytesIO(encoded), formats=FORMATS) as image:
-                    counts[image.size] += 1
-        except MemoryError:
-            raise
-        except Exception:  # reported when it is decoded
-            continue
-    width, height = max(counts, key=lambda found: (counts[found], found), default=(MAX_SIDE, MAX_SIDE))
-    return min(width, MAX_SIDE), min(height, MAX_SIDE)
-
-
-def _decode(
-    records: Iterator[tuple[str, bytes]], size: tuple[int, int], pack: Pack, split: int
-) -> tuple[Rows, list[str], dict[int, str]]:
-    """Pixels `(n, 3, H, W)`, ids, and what is wrong with those that cannot be read, by row."""
-    shape, ids, bad = (3, size[1], size[0]), list[str](), dict[int, str]()
-
-    def decode(record: tuple[str, bytes]) -> Block | str:
-        try:
-            return decode_image(record[1], size)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise whatever they like on damaged data
-            return str(error).split("<_io")[0].strip() or type(error).__name__
-
-    with pack.writer(split, shape) as writer:
-        for chunk in chunks(records, CHUNK, lambda record: len(record[1])):
-            writer.expect(len(chunk), f"the images up to {chunk[-1][0]!r}")
-            block = np.zeros((len(chunk), *shape), dtype=np.uint8)
-            for row, pixels in enumerate(in_threads(decode, chunk)):
-                if isinstance(pixels, str):
-                    bad[len(ids) + row] = pixels
-                else:
-                    block[row] = pixels.transpose(2, 0, 1)
-            writer.add(block)
-            ids += [name for name, _ in chunk]
-        return writer.rows(), ids, bad
-
-
 def found_in(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
     """Files with these endings in a folder and in folders of it that hold data or splits; links must not lead out."""
     for place in (folder, *(folder / name for name in PLACES)):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
             if file.suffix.lower() in endings and file.is_file():
                 yield inside(file, folder)
-
-
-def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int] = lambda _: 0) -> Iterator[list[Item]]:
-    """Lists of at most `size` items; a list ends earlier where its items weigh more than `CHUNK_BYTES` together."""
-    chunk, weight = list[Item](), 0
-    for item in items:
-        chunk.append(item)
-        weight += weigh(item)
-        if len(chunk) == size or weight > CHUNK_BYTES:
-            yield chunk
-            chunk, weight = [], 0
-    if chunk:
-        yield chunk

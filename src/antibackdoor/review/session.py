@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from antibackdoor.data.core import Data, Splits
-from antibackdoor.data.images import Size
+from antibackdoor.data.decoding import Size
 from antibackdoor.data.load import at_hand, load
 from antibackdoor.data.series import Missing
 from antibackdoor.errors import InputError
