@@ -50,12 +50,13 @@ class Jury(Defense):
        `division`; but not in a class of fewer than 100, nor what outsiders take for one class only: that is a rare
        kind). Where all agree in the end there is no large group; shared once or a few times, the opinions still tell of
        a few samples. Then those that divide the class firmly count alone, all three if none does; the suspicion is the
-       worst that is said of a sample. Odd is, as a rule, the upper group; the lower one, if outsiders recognize it more
-       (a class may be easier than its poison), or if the upper one is too large to be poison (a faint trigger is lost
-       in a mixture, and leaves nothing of what the sample showed). But where nearly all mixtures of the upper group
-       keep the label and few of the lower one's do, most of the class is poison, unless it is most of the set: nothing
-       that a class shows by itself wins every time, and in some of its samples only. So is most of a class that ease or
-       bond divides, if the outsider recognizes the upper group as its own more than the lower one.
+       worst that is said of a sample. Odd is, as a rule, the upper group. Of early and late samples it is the one that
+       mixtures tie to the label, where they divide the class, or else that outsiders recognize: a class may be easier
+       than its poison. And it is the lower one, if the upper one is too large to be poison (a faint trigger is lost in
+       a mixture, and leaves nothing of what the sample showed). But where nearly all mixtures of the upper group keep
+       the label and few of the lower one's do, most of the class is poison, unless it is most of the set: nothing that
+       a class shows by itself wins every time, and in some of its samples only. So is most of a class that ease or bond
+       divides, if the outsider recognizes the upper group as its own more than the lower one.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
