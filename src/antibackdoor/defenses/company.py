@@ -94,9 +94,9 @@ class Company:
         other = None if home is None else opinions[home].double()
         if other is not None:
             for label, found in enumerate(clear):
-                firm = [number for number in range(1, len(found)) if number != home and found[number] >= DIVIDED]
-                for number in firm:
-                    other = torch.where(given == label, opinions[number].double(), other)
+                for number in range(1, len(found)):
+                    if number != home and found[number] >= DIVIDED:
+                        other = torch.where(given == label, opinions[number].double(), other)
         odd_in = [oddness(share, given, limits, None if number else other) for number, share in enumerate(shares)]
         suspicion = doubted(list(shares), odd_in, given, DIVIDED)
         return cls(given, near, rounds, limits, shares, suspicion, clear, other)
