@@ -92,6 +92,17 @@ def test_who_divides_a_class_says_which_of_its_early_and_late_samples_are_odd(
     assert set(CLASS_1[top(found.strangeness[CLASS_1], 120)].tolist()) == rows_of(group[odd])
 
 
+@pytest.mark.parametrize(("at_home", "odd"), [(0.8, "poison"), (0.4, "clean")])
+def test_near_by_too_ease_does_not_say_itself_which_of_its_ends_is_odd(at_home: float, odd: str) -> None:
+    """Poison was learned later than its class; where outsiders do not know it either, the early ones are suspicious."""
+    poison, class_1 = first(120), GIVEN == 1
+    early, flat = torch.where(poison, 0.3, 0.7) * class_1, torch.full((N,), 0.5)
+    home = noisy(torch.where(poison, at_home, 0.4)).double()
+    suspicion = company_of(poison, early, flat, home, home=2).nearby([early, flat, flat], 1)
+    group = {"poison": poison, "clean": class_1 & ~poison}[odd]
+    assert float(suspicion[group].min()) > float(suspicion[class_1 & ~group].max())
+
+
 def test_where_an_opinion_is_sure_of_most_of_a_class_no_upper_group_is_ordinary() -> None:
     """210 of 240 were learned early and are bound to the label whatever they are averaged with: the 30 are clean."""
     clean = first(30)

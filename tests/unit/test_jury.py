@@ -16,6 +16,7 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses import hearing, judgement, jury
+from antibackdoor.defenses.company import Company
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.judgement import OUT
@@ -539,7 +540,7 @@ def test_company_chooses_where_it_divides_a_class_and_elsewhere_the_neighbors(
     monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: 0.1 + 0.8 * group.double())
     monkeypatch.setattr("antibackdoor.defenses.company.SMALL", 20)
     neighbors = within(torch.rand(160, generator=rng), data.y)
-    monkeypatch.setattr(jury, "doubted", lambda *_: neighbors)
+    monkeypatch.setattr(Company, "nearby", lambda *_: neighbors)
     said = Jury(neighbors=4).depose(job)
     assert set(said.apart.nonzero().flatten().tolist()) == (set(ones[:10].tolist()) if divided else set())
     assert (said.suspicion[said.apart] == 1).all() and said.clear[1][1] == pytest.approx(12.8 if divided else 0)
@@ -554,7 +555,7 @@ def test_the_worse_of_what_is_said_near_by_and_a_little_further_counts(monkeypat
     once, thrice = torch.tensor([0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.7] + [0.0] * 5)
     monkeypatch.setattr(Jury, "_trap", lambda *_: ("tap", torch.zeros(8)))
     monkeypatch.setattr(Jury, "_home", lambda *_: (torch.zeros(8).double(), job.data.y))
-    monkeypatch.setattr(Jury, "_nearby", lambda self, said, company, rounds: {1: once, 3: thrice}[rounds].double())
+    monkeypatch.setattr(Company, "nearby", lambda self, said, rounds: {1: once, 3: thrice}[rounds].double())
     monkeypatch.setattr(jury, "features_of", lambda *_, **__: torch.ones(8, 2))
     monkeypatch.setattr(jury, "bonds_of", lambda *_, **__: torch.zeros(8).double())
     assert top(Jury().depose(job).suspicion, 8).tolist() == [0, 1, 2, 7, 6, 5, 4, 3]

@@ -97,8 +97,7 @@ class Company:
                 for number in range(1, len(found)):
                     if number != home and found[number] >= DIVIDED:
                         other = torch.where(given == label, opinions[number].double(), other)
-        odd_in = [oddness(share, given, limits, None if number else other) for number, share in enumerate(shares)]
-        suspicion = doubted(list(shares), odd_in, given, DIVIDED)
+        suspicion = _oddest(list(shares), given, limits, other, DIVIDED)
         return cls(given, near, rounds, limits, shares, suspicion, clear, other)
 
     @property
@@ -158,6 +157,15 @@ class Company:
         other = None if number or self.other is None else self.other[rows]
         return odd(self.opinions[number, rows], self.most[label], other)
 
+    def nearby(self, opinions: Sequence[Tensor], rounds: int) -> Tensor:
+        """Suspicion `(n,)` by the same opinions about single samples, shared only so often; for classes not divided.
+
+        Percentile within the label of the oddest that is said of a sample. What has not travelled far is noisier, so
+        more clarity is asked of an opinion that is to count alone.
+        """
+        shares = [shared(opinion, self.near, rounds=rounds) for opinion in opinions]
+        return _oddest(shares, self.given, self.most, self.other, FIRM)
+
     def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
 
@@ -176,6 +184,17 @@ class Company:
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
         return denied
+
+
+def _oddest(
+    opinions: Sequence[Tensor], given: Tensor, most: Sequence[float], other: Tensor | None, firm: float
+) -> Tensor:
+    """Percentile `(n,)` within its label of the oddest that shared opinions say of a sample; see `doubted`.
+
+    The first is how early samples were learned: which end of it is odd, the `other` opinion says.
+    """
+    odd_in = [oddness(opinion, given, most, None if number else other) for number, opinion in enumerate(opinions)]
+    return doubted(opinions, odd_in, given, firm)
 
 
 def alike(label: int, answers: Tensor, given: Tensor) -> float:

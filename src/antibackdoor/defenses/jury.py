@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from antibackdoor.defenses.witness import Witness
 from antibackdoor.models.tap import Tap
 from antibackdoor.options import options
 from antibackdoor.seeds import generator
-from antibackdoor.training.groups import doubted, nearest, oddness, shared
+from antibackdoor.training.groups import nearest
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, within
@@ -148,7 +147,7 @@ class Jury(Defense):
         most = 1 - self.trusted
         home = 2  # of what was said, the confidence of outsiders
         company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, home=home)
-        nearby = torch.stack([self._nearby(said, company, rounds) for rounds in NEARBY]).amax(0)
+        nearby = torch.stack([company.nearby(said, rounds) for rounds in NEARBY]).amax(0)
         divided = (company.clearest >= DIVIDED)[given]
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
         enough = (self.ease, self.bond, self.division)
@@ -157,15 +156,6 @@ class Jury(Defense):
         suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
         return Deposition(tap, suspicion, ease, near, apart, elsewhere, company.clear)
-
-    def _nearby(self, said: Sequence[Tensor], company: Company, rounds: int) -> Tensor:
-        """Suspicion `(n,)` by ease, bond and home as they were shared so often."""
-        early, bond, home = (shared(opinion, company.near, rounds=rounds) for opinion in said)
-        odd = [
-            within(early, company.given),
-            *(oddness(opinion, company.given, company.most) for opinion in (bond, home)),
-        ]
-        return doubted((early, bond, home), odd, company.given)
 
     def tapped(self, job: Job, name: str) -> Tap:
         """A fresh network of the run's kind, cut where a witness ends."""
