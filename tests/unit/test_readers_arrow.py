@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from antibackdoor.data import arrow
 from antibackdoor.data.load import load, load_samples
 from antibackdoor.errors import InputError
 
@@ -157,6 +158,16 @@ def test_damage(tmp_path, write):
             load(path)
         except InputError as error:
             assert str(error)
+
+
+@pytest.mark.parametrize("change", [lambda batches: batches[:-1], lambda batches: [*batches, batches[0]]])
+def test_columns_of_a_damaged_file_differ_in_length(tmp_path, monkeypatch, change):
+    real = arrow._batches
+    monkeypatch.setattr(
+        arrow, "_batches", lambda path, name: change(list(real(path, name))) if name == "image" else real(path, name)
+    )
+    with pytest.raises(InputError, match=r"'label' and 'image' differ in length\.$"):
+        load(parquet(tmp_path / "set.parquet", images()))
 
 
 def test_names_in_a_saved_set_cannot_lead_out(tmp_path):
