@@ -96,10 +96,9 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     mixed = (1 - found["alike"]) / max(1 - limits["alike"], 1e-9)
     heard = together = 0.0
     if found["together"]:
-        early = found["early"] / max(limits["late"], 1e-9)
-        if found["early"] <= 0.5:
-            early = min(early, limits["kin"] / max(found["kin"], 1e-9))
-        together = min(found["denial"] / max(limits["denial"], 1e-9), early, mixed)
+        early = found["early"] / 0.5
+        kin = found["below"] / max(found["kin"], 1e-9)
+        together = min(found["denial"] / max(limits["denial"], 1e-9), max(early, kin), mixed)
     elif found["n"]:
         many = lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9)
         heard = min(many, math.inf if found["stayed"] else found["early"] / 0.5, mixed)
@@ -133,15 +132,13 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
         told += [
             f"A model that learned from trusted samples denies the label {name!r} to a group of samples that lie "
             f"together ({found['together']}), and not to the others of the class.",
-            f"They are not the odd ones that are learned last (half of them were learned earlier than "
-            f"{found['early']:.0%} of all samples; {limits['late']:.0%} or less is last).",
             look,
+            f"They were learned early, as poison is (half of them earlier than {found['early']:.0%} of all samples; "
+            "more than 50% is early)."
+            if found["early"] > 0.5
+            else f"What they are taken for is nearer to that mix than to what the rest of {name!r} is taken for "
+            f"({found['kin']:.2f} of that distance; {found['below']:.2f} or more is of its class).",
         ]
-        if found["early"] <= 0.5:
-            told.append(
-                f"What they are taken for is nearer to that mix than to what the rest of {name!r} is taken for "
-                f"({found['kin']:.2f} of that distance; {limits['kin']:.2f} or more is of its class)."
-            )
     elif found["n"]:
         counts = f"({found['count']} of the {found['n']} that it was not shown)"
         if lower(found["count"], found["n"]) <= limits["acquittal"]:

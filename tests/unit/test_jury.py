@@ -294,21 +294,26 @@ def test_a_group_of_more_than_may_be_poison_is_the_class(monkeypatch: pytest.Mon
         assert court.judgement.findings[1]["attacked"] == attacked and bool(court.judgement.denied.any()) == attacked
 
 
-def test_a_group_learned_last_or_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = Neighborhood(monkeypatch)
-    late.judgement.early[late.group] = 0.2
-    late.hear(late.elsewhere(late.group))
+def test_a_group_that_is_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = Neighborhood(monkeypatch)
     alike.hear(torch.where(alike.group, 2, alike.given))
     unsure = Neighborhood(monkeypatch)
     unsure.hear(unsure.given, confidence=0.9)
-    for court in (late, alike, unsure):
+    for court in (alike, unsure):
         assert not any(f["attacked"] or f["together"] for f in court.judgement.findings)
         assert not court.judgement.denied.any()
-    later = Neighborhood(monkeypatch)
-    later.judgement.early[later.group] = 0.21
-    later.hear(later.elsewhere(later.group), second=2)
-    assert later.judgement.findings[1]["together"] == 4
+
+
+@pytest.mark.parametrize(("early", "attacked"), [(0.2, False), (0.21, True)])
+def test_a_group_learned_last_has_to_be_nearer_to_all_others(
+    early: float, attacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `kin` is more than 0.2 and less than 0.67, as in the next test."""
+    monkeypatch.setattr(judgement, "RARE", 0.2)
+    court = Neighborhood(monkeypatch)
+    court.judgement.early[court.group] = early
+    court.hear(court.elsewhere(court.group), second=2)
+    assert bool(court.judgement.findings[1]["together"]) == attacked
 
 
 @pytest.mark.parametrize(("early", "second", "attacked"), [(0.5, None, False), (0.5, 2, True), (0.51, None, True)])
@@ -424,6 +429,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
         cast(Tap, None), rest, rest, NEAR, apart, rest, [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3]
     )
     nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0, "kin": 0.0}
+    nobody |= {"below": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -484,6 +490,7 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
         "stayed": False,
         "alike": 0.9,
         "kin": 0.4,
+        "below": 0.67,
     }
     few = told_of("x", calm, limits)
     assert (
@@ -500,11 +507,11 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     stayed = told_of("x", calm | {"count": 20, "early": 0.4, "stayed": True, "alike": 0.2}, limits)
     assert "late, and are not what they are labeled in the end either" in stayed[1] and "40%" in stayed[1]
     group = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.3, "alike": 0.2}, limits)
-    assert len(group) == 4 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
-    assert "30%" in group[1] and "20% or less is last" in group[1] and "many classes" in group[2]
-    assert "nearer to that mix than to what the rest of 'x' is taken for (0.40 of that distance; 0.67" in group[3]
+    assert len(group) == 3 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
+    assert "many classes" in group[1]
+    assert "nearer to that mix than to what the rest of 'x' is taken for (0.40 of that distance; 0.67" in group[2]
     early = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.6, "alike": 0.2}, limits)
-    assert len(early) == 3
+    assert len(early) == 3 and early[2].startswith("They were learned early, as poison is (") and "60%" in early[2]
     bound = told_of("x", calm | {"ease": 3.0, "bond": 1.2, "division": 3.0, "apart": 7}, limits)
     assert len(bound) == 4 and all("(7 are set apart)" in sentence for sentence in bound[:3])
     assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3

@@ -46,7 +46,7 @@ class Deposition:
         apart = int(self.apart[given == label].sum())
         told = {**dict(zip(("ease", "bond", "division"), self.clear[label], strict=True)), "apart": apart}
         heard = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False}
-        heard |= {"alike": 0.0, "kin": 0.0}
+        heard |= {"alike": 0.0, "kin": 0.0, "below": 0.0}
         return {**heard, **told, "attacked": apart > 0}
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:

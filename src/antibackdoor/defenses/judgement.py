@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 OUT = -1
 """The label of a sample that nothing learns from at present."""
 
+RARE = 0.5
+"""The limit of `kin` for a group that is `late`. Rare kinds and the hardest of a class lie there, and are taken for
+only some of what the rest of their class is taken for."""
+
 
 class Judgement:
     """Who is trusted, which classes are attacked, and what label each sample gets; nothing is trained here.
@@ -110,8 +114,8 @@ class Judgement:
 
         own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
-        denial is seen in that of many. Odd but clean samples form groups too: late ones, of which all look `alike`, or
-        not so late ones, which are taken for what the rest of their class is taken for.
+        denial is seen in that of many. Odd but clean samples form groups too, but not early ones. They look `alike`,
+        or are taken for what the rest of their class is taken for; if only roughly, where they are the last of all.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -128,9 +132,10 @@ class Judgement:
             early = float(self.early[group].median())
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
-            strange = early > 0.5 or (early > self.options.late and kin < self.options.kin)
-            if strange and alike < self.options.alike:
-                known = {"denial": clear, "together": len(group), "early": early, "alike": alike, "kin": kin}
+            below = self.options.kin if early > self.options.late else RARE
+            if (early > 0.5 or kin < below) and alike < self.options.alike:
+                known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
+                known |= {"kin": kin, "below": below}
                 told[label] = {**known, "attacked": True}
                 self.denied[group] = True
         self.choose()

@@ -60,14 +60,14 @@ class Jury(Defense):
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
     6. After `hearing` of the epochs it answers, anew after each epoch, for all samples. A class is attacked if it was
-       divided beyond doubt, or if the model denies a group of it together: its doubt of the given label,
-       shared by neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by
-       mistake, are found in their company. Odd but clean samples of a kind that is not among the trusted are denied
-       together, too; but these are `late`, the last of all to be learned, or `alike`, all taken for one class, where
-       poison comes from everywhere, or not learned in the easier half of the set and `kin`, taken rather for what the
-       rest of their class is taken for. Single samples count where groups are too small to be seen: if the model
-       confidently takes more than `acquittal` of a class for others (lower end of the Wilson interval), not alike, and
-       these were learned in the easier half of the whole set, or are still there in the end.
+       divided beyond doubt, or if the model denies a group of it together: its doubt of the given label, shared by
+       neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by mistake, are
+       found in their company. Odd but clean samples of a kind that is not among the trusted are denied together, too;
+       but these are `alike`, all taken for one class, where poison comes from everywhere, or not learned in the easier
+       half of the set and `kin`, taken rather for what the rest of their class is taken for (if they are `late`, the
+       last of all to be learned, for what is half that near to it). Single samples count where groups are too small to
+       be seen: if the model confidently takes more than `acquittal` of a class for others (lower end of the Wilson
+       interval), not alike, and these were learned in the easier half of the whole set, or are still there in the end.
        Samples of an attacked class learn as what the model confidently takes them for, unless they are `alike` and may
        be of their class (clean-label); those it agrees with get their label back, but for the group, those set apart
        beyond doubt or, where nobody is, the `excluded` share with the most suspicion. In a class that was not attacked
@@ -106,7 +106,7 @@ class Jury(Defense):
         float, Field(ge=0, description="`clarity` from which on a group counts as denied by the model")
     ] = 1.5
     late: Annotated[
-        Share, Field(description="last share of the set to be learned; a group denied there is odd, not poison")
+        Share, Field(description="last share of the set to be learned, where rare kinds lie: `kin` is 0.5 there")
     ] = 0.2
     alike: Annotated[
         Share, Field(description="total variation distance of what they are taken for from all other classes")
