@@ -304,13 +304,17 @@ def test_a_group_that_is_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: py
         assert not court.judgement.denied.any()
 
 
-@pytest.mark.parametrize(("early", "attacked"), [(0.2, False), (0.21, True)])
-def test_a_group_learned_last_has_to_be_nearer_to_all_others(
-    early: float, attacked: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("early", "rare", "few", "attacked"),
+    [(0.2, 0.5, 4, True), (0.2, 0.2, 4, False), (0.2, 0.5, 5, False), (0.21, 0.2, 5, True)],
+)
+def test_a_group_learned_last_has_to_be_nearer_to_all_others_and_not_small(
+    early: float, rare: float, few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its `kin` is more than 0.2 and less than 0.67, as in the next test."""
-    monkeypatch.setattr(judgement, "RARE", 0.2)
+    """The `kin` of the four is more than 0.2 and less than 0.5, as in the next test."""
     court = Neighborhood(monkeypatch)
+    monkeypatch.setattr(judgement, "RARE", rare)
+    monkeypatch.setattr(judgement, "FEW", few)
     court.judgement.early[court.group] = early
     court.hear(court.elsewhere(court.group), second=2)
     assert bool(court.judgement.findings[1]["together"]) == attacked

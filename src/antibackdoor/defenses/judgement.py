@@ -21,8 +21,8 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 RARE = 0.5
-"""The limit of `kin` for a group that is `late`. Rare kinds and the hardest of a class lie there, and are taken for
-only some of what the rest of their class is taken for."""
+"""The limit of `kin` for a group that is `late`, and not of less than `FEW`. Rare kinds and the hardest of a class lie
+there, are taken for only some of what the rest of their class is taken for, and a dozen of them for anything."""
 
 
 class Judgement:
@@ -132,7 +132,8 @@ class Judgement:
             early = float(self.early[group].median())
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
-            below = self.options.kin if early > self.options.late else RARE
+            few = RARE if len(group) >= FEW else 0.0
+            below = self.options.kin if early > self.options.late else few
             if (early > 0.5 or kin < below) and alike < self.options.alike:
                 known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
                 known |= {"kin": kin, "below": below}
