@@ -247,7 +247,7 @@ class Neighborhood(Court):
     """40 samples of which the last four of class 1, place 6 to 9, lie together, apart from the others of the class."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, together: int = 6, **given: float):
-        monkeypatch.setattr(judgement, "FEW", 10)
+        monkeypatch.setattr(judgement, "FEW", 4)
         super().__init__(trusted=0.35, acquittal=1.0, **given)
         self.group = (self.given == 1) & (self.place >= together)
         near = torch.full((40, 10), -1)
@@ -306,9 +306,9 @@ def test_a_group_that_is_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("early", "rare", "few", "attacked"),
-    [(0.2, 0.5, 4, True), (0.2, 0.2, 4, False), (0.2, 0.5, 5, False), (0.21, 0.2, 5, True)],
+    [(0.2, 0.5, 4, True), (0.2, 0.2, 4, False), (0.2, 0.5, 5, False), (0.21, 0.2, 4, True), (0.21, 0.2, 5, False)],
 )
-def test_a_group_learned_last_has_to_be_nearer_to_all_others_and_not_small(
+def test_a_group_not_learned_early_has_to_be_large_and_one_learned_last_nearer_to_all_others(
     early: float, rare: float, few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The `kin` of the four is more than 0.2 and less than 0.5, as in the next test."""

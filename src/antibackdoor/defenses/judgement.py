@@ -21,8 +21,8 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 RARE = 0.5
-"""The limit of `kin` for a group that is `late`, and not of less than `FEW`. Rare kinds and the hardest of a class lie
-there, are taken for only some of what the rest of their class is taken for, and a dozen of them for anything."""
+"""The limit of `kin` for a group that is `late`. Rare kinds and the hardest of a class lie there, and are taken for
+only some of what the rest of their class is taken for."""
 
 
 class Judgement:
@@ -116,6 +116,7 @@ class Judgement:
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
         denial is seen in that of many. Odd but clean samples form groups too, but not early ones. They look `alike`,
         or are taken for what the rest of their class is taken for; if only roughly, where they are the last of all.
+        A dozen of them may be taken for anything.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -132,9 +133,9 @@ class Judgement:
             early = float(self.early[group].median())
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
-            few = RARE if len(group) >= FEW else 0.0
-            below = self.options.kin if early > self.options.late else few
-            if (early > 0.5 or kin < below) and alike < self.options.alike:
+            below = self.options.kin if early > self.options.late else RARE
+            strange = early > 0.5 or (kin < below and len(group) >= FEW)
+            if strange and alike < self.options.alike:
                 known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
                 known |= {"kin": kin, "below": below}
                 told[label] = {**known, "attacked": True}
