@@ -19,6 +19,9 @@ DIVIDED = 1.0
 """Clarity from which on opinions that were shared over and over divide a class: where nothing keeps groups apart all
 agree in the end, and little is left of the clarity that noise has."""
 
+HALFWAY = 0.5
+"""Clarity of a division that is none, but tells more than noise of which of a class go together."""
+
 SMALL = 100
 """A class of fewer samples falls into groups by itself: a dozen pictures of one thing, as frames of a film are, lie as
 close to each other as poison does."""
@@ -97,7 +100,8 @@ class Company:
                 for number in range(1, len(found)):
                     if number != home and found[number] >= DIVIDED:
                         other = torch.where(given == label, opinions[number].double(), other)
-        suspicion = _oddest(list(shares), given, limits, other, DIVIDED)
+        odd_in = [oddness(share, given, limits, None if number else other) for number, share in enumerate(shares)]
+        suspicion = doubted(list(shares), odd_in, given, DIVIDED)
         return cls(given, near, rounds, limits, shares, suspicion, clear, other)
 
     @property
@@ -161,10 +165,17 @@ class Company:
         """Suspicion `(n,)` by the same opinions about single samples, shared only so often; for classes not divided.
 
         Percentile within the label of the oddest that is said of a sample. What has not travelled far is noisier, so
-        more clarity is asked of an opinion that is to count alone.
+        more clarity is asked of an opinion that is to count alone. Poison of a few samples divides nothing and was
+        learned early; but where ease comes `HALFWAY` to dividing a class, that may be early and its poison late.
         """
         shares = [shared(opinion, self.near, rounds=rounds) for opinion in opinions]
-        return _oddest(shares, self.given, self.most, self.other, FIRM)
+        halfway = torch.tensor([clear[0] >= HALFWAY for clear in self.clear])[self.given]
+        told = oddness(shares[0], self.given, [1.0] * len(self.clear), self.other)
+        odd_in = [
+            torch.where(halfway, told, within(shares[0], self.given)),
+            *(oddness(share, self.given, self.most) for share in shares[1:]),
+        ]
+        return doubted(shares, odd_in, self.given)
 
     def denied(self, rows: Tensor, doubts: Tensor, taught: Tensor) -> Tensor:
         """Who of a class, `rows` `(m,)`, is in doubted company: `(m,)` bool, from `(m,)` doubts in [0, 1] of each.
@@ -184,17 +195,6 @@ class Company:
             if clarity(doubt) >= enough:
                 denied |= halves(doubt)[0]
         return denied
-
-
-def _oddest(
-    opinions: Sequence[Tensor], given: Tensor, most: Sequence[float], other: Tensor | None, firm: float
-) -> Tensor:
-    """Percentile `(n,)` within its label of the oddest that shared opinions say of a sample; see `doubted`.
-
-    The first is how early samples were learned: which end of it is odd, the `other` opinion says.
-    """
-    odd_in = [oddness(opinion, given, most, None if number else other) for number, opinion in enumerate(opinions)]
-    return doubted(opinions, odd_in, given, firm)
 
 
 def alike(label: int, answers: Tensor, given: Tensor) -> float:
