@@ -160,6 +160,8 @@ class _Lines:
         self.epochs, self.steps = epochs, steps
 
     def epoch(self, row: dict[str, Any]) -> None:
+        from antibackdoor.bench.plan import duration
+
         last = row["epoch"] == self.epochs
         if not last and time.monotonic() - self.told < self.pause:
             return
@@ -167,15 +169,8 @@ class _Lines:
         name = f"{self.title}: {row['stage']}" if self.title else str(row["stage"])
         left = (self.epochs - row["epoch"]) * row["seconds"]
         rate = self.steps / max(row["seconds"], 1e-9)
-        text = f"{name}, epoch {row['epoch']}/{self.epochs}, {rate:.1f} steps/s, {roughly(left)} left, {_losses(row)}"
+        text = f"{name}, epoch {row['epoch']}/{self.epochs}, {rate:.1f} steps/s, {duration(left)} left, {_losses(row)}"
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def roughly(seconds: float) -> str:
-    """A time that is still to come, as people say it: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _losses(row: dict[str, Any]) -> str:

@@ -16,13 +16,12 @@ from antibackdoor.bench.cell import Cell, run_cell
 from antibackdoor.bench.engines import Event, Here, Local, Task, make_engine, work
 from antibackdoor.bench.grid import read_grid
 from antibackdoor.bench.ledger import Ledger, Record, compact, digest, read_ledger
-from antibackdoor.bench.plan import Estimates, plan_text
+from antibackdoor.bench.plan import Estimates, duration, plan_text
 from antibackdoor.bench.run import LOST, Watcher, run_cells
 from antibackdoor.bench.tables import MAIN_TRAINING, detection_table, latex, markdown, render, table
 from antibackdoor.defenses import DEFENSES
 from antibackdoor.errors import InputError
 from antibackdoor.options import values
-from antibackdoor.progress import roughly
 
 GRID = """
 [[cells]]
@@ -428,7 +427,7 @@ def test_a_plan_scales_what_was_measured(tmp_path: Path) -> None:
         "6 cells: 3 done, 3 missing, 1 left out; estimated time with 2 workers: 28 s and 1 of unknown time"
     )
     assert plan_text(cells[:3], {}, done, estimates, 1).endswith("3 cells: 3 done, 0 missing, 0 left out")
-    assert [roughly(s) for s in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
+    assert [duration(s) for s in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
 
 
 def test_a_plan_counts_the_fitting_of_an_attack(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from antibackdoor.bench.cell import Cell
 from antibackdoor.bench.ledger import Record, read_ledger
-from antibackdoor.progress import roughly
 
 MEMORY_MIB = 1536
 """What a cell is taken to need where nothing like it was measured."""
@@ -102,11 +101,18 @@ def plan_text(cells: list[Cell], excluded: Mapping[str, str], ledger_names: Iter
         seconds = estimates.seconds(cell)
         unknown += seconds is None
         known += [] if seconds is None else [seconds]
-        lines.append(f"missing   {name}  ({'unknown' if seconds is None else roughly(seconds)})")
+        lines.append(f"missing   {name}  ({'unknown' if seconds is None else duration(seconds)})")
     lines += [f"left out  {name}  ({reason})" for name, reason in excluded.items()]
     missing = len(known) + unknown
     total = max([sum(known) / workers, *known]) if known else 0.0
-    time = roughly(total) + (f" and {unknown} of unknown time" if unknown else "") if known else "unknown"
+    time = duration(total) + (f" and {unknown} of unknown time" if unknown else "") if known else "unknown"
     counts = f"{len(cells)} cells: {len(cells) - missing} done, {missing} missing, {len(excluded)} left out"
     ahead = f"; estimated time with {workers} worker{'s' if workers > 1 else ''}: {time}" if missing else ""
     return "\n".join([*lines, counts + ahead])
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
