@@ -75,6 +75,7 @@ def test_scan_of_series_with_the_default(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(400)  # two scans of some 50 s; more where a machine is shared
 def test_the_default_gate_stops_poisoned_digits_and_lets_clean_ones_pass(run: Run, tmp_path: Path) -> None:
     attack = ("--attack", "badnets", "--rate", 0.1, "--target", 0)
     run("poison", "digits", *attack, "--out", tmp_path / "poisoned", "--quiet")
