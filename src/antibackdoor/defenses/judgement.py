@@ -114,9 +114,9 @@ class Judgement:
 
         own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
-        denial is seen in that of many. Odd but clean samples form groups too, but not early ones. They look `alike`,
-        or are taken for what the rest of their class is taken for; if only roughly, where they are the last of all,
-        and a dozen of these for anything.
+        denial is seen in that of many. Odd but clean samples form groups too, but not early ones: these look `alike`,
+        or are taken for what the rest of their class is taken for (below the limit of `kin`; below `RARE` where they
+        are the last of all to be learned, and there a group of less than `FEW` may be taken for anything).
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -134,8 +134,8 @@ class Judgement:
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
             below = self.options.kin if early > self.options.late else RARE
-            large = early > self.options.late or len(group) >= FEW
-            if (early > 0.5 or (kin < below and large)) and alike < self.options.alike:
+            told_apart = early > self.options.late or len(group) >= FEW
+            if (early > 0.5 or (kin < below and told_apart)) and alike < self.options.alike:
                 known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
                 known |= {"kin": kin, "below": below}
                 told[label] = {**known, "attacked": True}

@@ -49,13 +49,14 @@ class Jury(Defense):
        `division`; but not in a class of fewer than 100, nor what outsiders take for one class only: that is a rare
        kind). Where all agree in the end there is no large group; shared once or a few times, the opinions still tell of
        a few samples. Then those that divide the class firmly count alone, all three if none does; the suspicion is the
-       worst that is said of a sample. Odd is, as a rule, the upper group. Of early and late samples it is the one that
-       mixtures tie to the label, where they divide the class, or else that outsiders recognize: a class may be easier
-       than its poison. And it is the lower one, if the upper one is too large to be poison (a faint trigger is lost in
-       a mixture, and leaves nothing of what the sample showed). But where nearly all mixtures of the upper group keep
-       the label and few of the lower one's do, most of the class is poison, unless it is most of the set: nothing that
-       a class shows by itself wins every time, and in some of its samples only. So is most of a class that ease or bond
-       divides, if the outsider recognizes the upper group as its own more than the lower one.
+       worst that is said of a sample, early being odd unless ease comes half-way to dividing the class. Odd is, as a
+       rule, the upper group. Of early and late samples it is the one that mixtures tie to the label, where they divide
+       the class, or else that outsiders recognize: a class may be easier than its poison. And it is the lower one, if
+       the upper one is too large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the
+       sample showed). But where nearly all mixtures of the upper group keep the label and few of the lower one's do,
+       most of the class is poison, unless it is most of the set: nothing that a class shows by itself wins every time,
+       and in some of its samples only. So is most of a class that ease or bond divides, if the outsider recognizes the
+       upper group as its own more than the lower one.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -75,7 +76,8 @@ class Jury(Defense):
        these too get their label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not
        look like an attack, nor do those of one source class.
 
-    What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label).
+    What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
+    and a group of less than 20 that is learned last.
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
     Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`
     or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main training,
@@ -107,7 +109,7 @@ class Jury(Defense):
         float, Field(ge=0, description="`clarity` from which on a group counts as denied by the model")
     ] = 1.5
     late: Annotated[
-        Share, Field(description="last share of the set to be learned, where rare kinds lie: `kin` is 0.5 there")
+        Share, Field(description="last share of the set to be learned, where rare kinds lie: `kin` is lower there")
     ] = 0.2
     alike: Annotated[
         Share, Field(description="total variation distance of what they are taken for from all other classes")
