@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from antibackdoor.defenses.company import DIVIDED, Company, alike, clear_in
+from antibackdoor.defenses.company import DIVIDED, Company, Outsiders, alike, clear_in
 from antibackdoor.training.groups import clarity, nearest, shared
 from antibackdoor.training.ranking import top
 from toy import toy_images
@@ -17,13 +17,18 @@ from toy import toy_images
 N = 960
 GIVEN = toy_images(N).y  # 240 of each of four classes
 CLASS_1 = (GIVEN == 1).nonzero().flatten()
+MIXED = (GIVEN + 1 + torch.arange(N) // 4 % 3) % 4  # each class is taken for all others
 
 
-def company_of(apart: Tensor, *opinions: Tensor, home: int | None = None) -> Company:
-    """Company of samples whose features lie in two directions, `apart` or not."""
+def company_of(apart: Tensor, *opinions: Tensor, home: int | None = None, seen: Tensor | None = None) -> Company:
+    """Company of samples whose features lie in two directions, `apart` or not.
+
+    home: which of the opinions outsiders have. seen: which class they see in each; by default, as many of each.
+    """
     features = torch.where(apart[:, None], torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
     features = features + 0.1 * torch.rand(N, 2, generator=torch.Generator().manual_seed(0))
-    return Company.of(opinions, GIVEN, nearest(features, GIVEN, 20), 4, rounds=10, most=5 / 6, home=home)
+    outsiders = None if home is None else Outsiders(home, MIXED if seen is None else seen, 0.5)
+    return Company.of(opinions, GIVEN, nearest(features, GIVEN, 20), 4, rounds=10, most=5 / 6, outsiders=outsiders)
 
 
 def noisy(mean: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ def test_who_divides_a_class_says_which_of_its_early_and_late_samples_are_odd(
     found = company_of(poison, early, bond(poison) * (GIVEN == 1), home, home=2)
     enough = (DIVIDED, 99.0, 99.0)
     assert rows_of(found.apart(enough)) == rows_of(group[odd])
-    assert rows_of(found.believed(enough, 2, GIVEN, 0.5).apart(enough)) == rows_of(group[odd])
+    assert rows_of(found.believed(enough).apart(enough)) == rows_of(group[odd])
     assert set(CLASS_1[top(found.strangeness[CLASS_1], 120)].tolist()) == rows_of(group[odd])
 
 
@@ -124,6 +129,8 @@ def test_most_of_a_class_is_poison_where_it_is_rather_at_home_elsewhere(at_home:
     found = company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1), home=1)
     assert rows_of(found.apart((DIVIDED, 100))) == rows_of(few if which else (GIVEN == 1) & ~few)
     assert set(company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1)).most) == {5 / 6}, "nobody was asked"
+    kind = company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1), home=1, seen=torch.full((N,), 2))
+    assert set(kind.most) == {5 / 6}, "a class may look like another one"
 
 
 def test_home_alone_does_not_say_which_of_two_groups_is_at_home() -> None:
@@ -235,18 +242,19 @@ def test_what_is_taken_for_one_class_only_is_a_rare_kind_and_divides_nothing() -
     firm = company.clear[1][0]
     assert firm >= 3
     mixed = torch.where(group, torch.tensor([0, 2, 3])[torch.arange(N) % 3], 0)
-    kept, left = (company.believed([3.0], 0, seen, 0.5) for seen in (mixed, torch.full((N,), 2)))
+    asked = [replace(company, outsiders=Outsiders(0, seen, 0.5)) for seen in (mixed, torch.full((N,), 2))]
+    kept, left = (each.believed([3.0]) for each in asked)
     assert kept.clear == company.clear and kept.apart([3.0])[group].all()
     assert left.clear[1] == [0.0] and not left.apart([3.0]).any()
-    assert company.believed([firm + 1], 0, torch.full((N,), 2), 0.5).clear == company.clear
+    assert asked[1].believed([firm + 1]).clear == company.clear
 
 
 def test_in_a_small_class_no_division_is_beyond_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     group = torch.isin(torch.arange(N), CLASS_1[:60])
     company = company_of(group, torch.where(group, 0.95, 0.05))
-    assert company.believed([3.0], 1, GIVEN, 0.5).apart([3.0])[group].all()
+    assert company.believed([3.0]).apart([3.0])[group].all()
     monkeypatch.setattr("antibackdoor.defenses.company.SMALL", len(CLASS_1) + 1)
-    assert not company.believed([3.0], 1, GIVEN, 0.5).apart([3.0]).any()
+    assert not company.believed([3.0]).apart([3.0]).any()
 
 
 def test_how_far_answers_are_off_the_mix_of_the_other_classes() -> None:

@@ -29,11 +29,32 @@ close to each other as poison does."""
 DENIED = 2.5
 """Clarity from which on doubts that were shared once divide a class: hard but clean samples lie together, too."""
 
+CERTAIN = 8.0
+"""Clarity from which on a group of 20 or more counts as denied whatever it is taken for: the model doubts it by at
+least two thirds more than the rest of its class. A dozen clean samples of one odd kind reach that, too; more do not."""
+
 
 def second_logits(tap: nn.Module, batch: Batch) -> Tensor:
     """The second head's answer to a batch."""
     assert isinstance(tap, Tap)
     return tap.shallow(batch.x, batch.lengths)
+
+
+@dataclass(frozen=True)
+class Outsiders:
+    """Those who do not know the label of a sample, and what they see in it.
+
+    number: of their opinion among all, in [0, 1]: how sure they are of another class. seen: `(n,)`, of which. kind:
+    how far the classes seen in a group may be `alike` before it is one kind; poison was gathered from everywhere.
+    """
+
+    number: int
+    seen: Tensor
+    kind: float
+
+    def one_kind(self, label: int, rows: Tensor, given: Tensor) -> bool:
+        """Whether they take a group of `label`, these `rows`, for one class; then it is a kind of its own."""
+        return alike(label, self.seen[rows], given) >= self.kind
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,7 @@ class Company:
     is rather at `home` elsewhere: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
     `(o, n)`, shared `rounds` times; the first is how early samples were learned, which tells groups apart but not which
     of them is odd, since a class may be easier than its poison. other: `(n,)` in [0, 1], an opinion that tells that of
-    its groups: one that divides the class itself or, where none does, how much a sample is at `home` elsewhere.
+    its groups: one that divides the class itself or, where none does, what `outsiders` say, if there are any.
     suspicion: `(n,)`, percentile within the label of being `odd` in the opinions that divide it. clear: how clearly
     each opinion divides each class.
     """
@@ -61,6 +82,7 @@ class Company:
     suspicion: Tensor
     clear: Sequence[Sequence[float]]
     other: Tensor | None = None
+    outsiders: Outsiders | None = None
 
     @classmethod
     def of(
@@ -72,14 +94,20 @@ class Company:
         *,
         rounds: int,
         most: float,
-        home: int | None = None,
+        outsiders: Outsiders | None = None,
     ) -> Company:
-        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high.
-
-        home: which of them, in [0, 1], says how sure somebody who does not know the label is of another; if one does.
-        """
+        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
         shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
-        heard = [shares[:, given == label] for label in range(classes)]
+        groups = [(given == label).nonzero().flatten() for label in range(classes)]
+        heard = [shares[:, rows] for rows in groups]
+        home = None if outsiders is None else outsiders.number
+
+        def at_home(label: int, opinion: Tensor) -> bool:
+            """Whether outsiders recognize most of the class, the upper group, and more than one kind in it."""
+            assert outsiders is not None
+            if not elsewhere(opinion, heard[label][outsiders.number], near.shape[1] - 1, most):
+                return False
+            return not outsiders.one_kind(label, groups[label][halves(opinion)[0]], given)
 
         def limit(label: int) -> float:
             part = heard[label]
@@ -88,8 +116,7 @@ class Company:
                 return most
             foreign = any(sure(opinion, most) for opinion in part)
             if home is not None:
-                others = (opinion for number, opinion in enumerate(part) if number != home)
-                foreign |= any(elsewhere(opinion, part[home], near.shape[1] - 1, most) for opinion in others)
+                foreign |= any(at_home(label, opinion) for number, opinion in enumerate(part) if number != home)
             return 1.0 if foreign else most
 
         limits = [limit(label) for label in range(classes)]
@@ -102,7 +129,7 @@ class Company:
                         other = torch.where(given == label, opinions[number].double(), other)
         odd_in = [oddness(share, given, limits, None if number else other) for number, share in enumerate(shares)]
         suspicion = doubted(list(shares), odd_in, given, DIVIDED)
-        return cls(given, near, rounds, limits, shares, suspicion, clear, other)
+        return cls(given, near, rounds, limits, shares, suspicion, clear, other, outsiders)
 
     @property
     def clearest(self) -> Tensor:
@@ -138,12 +165,11 @@ class Company:
                     group[rows] |= self._odd(number, label, rows)
         return group
 
-    def believed(self, enough: Sequence[float], home: int, seen: Tensor, most: float) -> Company:
+    def believed(self, enough: Sequence[float]) -> Company:
         """The same, without divisions that would count beyond doubt but that clean samples make, too.
 
-        enough: of each opinion, the clarity that counts. In a class of fewer than `SMALL` none is believed. seen:
-        `(n,)`, the class that whoever gave opinion `home` sees in each sample: poison was gathered from everywhere; an
-        odd group that is seen as one class, by more than `most` off the mix of all others, is a rare kind of its own.
+        enough: of each opinion, the clarity that counts. In a class of fewer than `SMALL` none is believed, nor is it
+        believed of outsiders that a group is odd that they take for one kind.
         """
         clear = [list(found) for found in self.clear]
         for label, found in enumerate(clear):
@@ -151,8 +177,9 @@ class Company:
             for number, least in enumerate(enough):
                 if found[number] < least:
                     continue
+                by = self.outsiders if self.outsiders and number == self.outsiders.number else None
                 group = rows[self._odd(number, label, rows)]
-                if len(rows) < SMALL or (number == home and alike(label, seen[group], self.given) >= most):
+                if len(rows) < SMALL or (by and by.one_kind(label, group, self.given)):
                     found[number] = 0.0
         return replace(self, clear=clear)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather, steps_per_epoch
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome
-from antibackdoor.defenses.company import DIVIDED, Company, second_logits
+from antibackdoor.defenses.company import DIVIDED, Company, Outsiders, second_logits
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.witness import Witness
@@ -56,7 +56,7 @@ class Jury(Defense):
        sample showed). But where nearly all mixtures of the upper group keep the label and few of the lower one's do,
        most of the class is poison, unless it is most of the set: nothing that a class shows by itself wins every time,
        and in some of its samples only. So is most of a class that ease or bond divides, if the outsider recognizes the
-       upper group as its own more than the lower one.
+       upper group as its own more than the lower one, and as more than one kind.
     5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
@@ -147,14 +147,14 @@ class Jury(Defense):
         confidence, elsewhere = self._home(job, given)
         mixed = bonds_of(tap, job.data, job.fabric, job.seed, self.mixtures, call=second_logits)
         said = (within(ease, given), mixed, confidence)
+        outsiders = Outsiders(2, elsewhere, self.alike)  # the third of what was said
         most = 1 - self.trusted
-        home = 2  # of what was said, the confidence of outsiders
-        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, home=home)
+        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, outsiders=outsiders)
         nearby = torch.stack([company.nearby(said, rounds) for rounds in NEARBY]).amax(0)
         divided = (company.clearest >= DIVIDED)[given]
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
         enough = (self.ease, self.bond, self.division)
-        company = company.believed(enough, home, elsewhere, self.alike)
+        company = company.believed(enough)
         apart = company.apart(enough)
         suspicion = torch.where(apart, 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
