@@ -98,7 +98,8 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     if found["together"]:
         early = found["early"] / 0.5
         kin = found["below"] / max(found["kin"], 1e-9)
-        together = min(found["denial"] / max(limits["denial"], 1e-9), max(early, kin), mixed)
+        denied: float = found["denial"] / max(limits["denial"], 1e-9)
+        together = denied if found["certain"] else min(denied, max(early, kin), mixed)
     elif found["n"]:
         many = lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9)
         heard = min(many, math.inf if found["stayed"] else found["early"] / 0.5, mixed)
@@ -129,15 +130,27 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
         f"{limits['alike']:.0%} or more is one kind)."
     )
     if found["together"]:
+        like_poison = found["alike"] < limits["alike"] and (found["early"] > 0.5 or found["kin"] < found["below"])
+        if not like_poison:
+            why = (
+                "That would be said of clean samples, too, but the model leaves next to no doubt about all of these "
+                f"(clarity {found['denial']:.1f}; from {limits['certain']:.1f} on they are poison, or mislabeled)."
+            )
+        elif found["early"] > 0.5:
+            why = (
+                "They were learned early, as poison is "
+                f"(half of them earlier than {found['early']:.0%} of all samples; more than 50% is early)."
+            )
+        else:
+            why = (
+                f"What they are taken for is nearer to that mix than to what the rest of {name!r} is taken for "
+                f"({found['kin']:.2f} of that distance; {found['below']:.2f} or more is of its class)."
+            )
         told += [
             f"A model that learned from trusted samples denies the label {name!r} to a group of samples that lie "
             f"together ({found['together']}), and not to the others of the class.",
             look,
-            f"They were learned early, as poison is (half of them earlier than {found['early']:.0%} of all samples; "
-            "more than 50% is early)."
-            if found["early"] > 0.5
-            else f"What they are taken for is nearer to that mix than to what the rest of {name!r} is taken for "
-            f"({found['kin']:.2f} of that distance; {found['below']:.2f} or more is of its class).",
+            why,
         ]
     elif found["n"]:
         counts = f"({found['count']} of the {found['n']} that it was not shown)"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses import hearing, judgement, jury
-from antibackdoor.defenses.company import Company
+from antibackdoor.defenses.company import CERTAIN, Company
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.judgement import OUT
@@ -246,8 +246,9 @@ def test_of_a_class_not_attacked_the_most_suspicious_learn_no_label_that_the_mod
 class Neighborhood(Court):
     """40 samples of which the last four of class 1, place 6 to 9, lie together, apart from the others of the class."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, together: int = 6, **given: float):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, together: int = 6, certain: float = math.inf, **given: float):
         monkeypatch.setattr(judgement, "FEW", 4)
+        monkeypatch.setattr(judgement, "CERTAIN", certain)
         super().__init__(trusted=0.35, acquittal=1.0, **given)
         self.group = (self.given == 1) & (self.place >= together)
         near = torch.full((40, 10), -1)
@@ -296,12 +297,29 @@ def test_a_group_of_more_than_may_be_poison_is_the_class(monkeypatch: pytest.Mon
 
 def test_a_group_that_is_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = Neighborhood(monkeypatch)
-    alike.hear(torch.where(alike.group, 2, alike.given))
+    alike.hear(torch.where(alike.group, 2, alike.given), confidence=0.6)
     unsure = Neighborhood(monkeypatch)
     unsure.hear(unsure.given, confidence=0.9)
     for court in (alike, unsure):
         assert not any(f["attacked"] or f["together"] for f in court.judgement.findings)
         assert not court.judgement.denied.any()
+
+
+@pytest.mark.parametrize(("confidence", "few", "attacked"), [(1.0, 4, True), (1.0, 5, False), (0.6, 4, False)])
+def test_a_group_that_is_alike_and_denied_for_certain_is_poison_of_one_class(
+    confidence: float, few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    court = Neighborhood(monkeypatch, certain=CERTAIN)
+    monkeypatch.setattr(judgement, "FEW", few)
+    court.hear(torch.where(court.group, 2, court.given), confidence=confidence)
+    found = court.judgement.findings[1]
+    assert (found["attacked"], found["certain"], bool(found["together"])) == (attacked,) * 3
+    if attacked:
+        assert not court.judgement.foreign[1], "their labels may be true"
+        assert (court.hearing.labels[court.group] == OUT).all()
+        outcome = court.hearing.outcome(court.job.model())
+        agreed = outcome.suggested[court.group] == -1
+        assert torch.equal(outcome.flagged[court.group], ~agreed), "the suspects are those it still takes for others"
 
 
 @pytest.mark.parametrize(
@@ -433,7 +451,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
         cast(Tap, None), rest, rest, NEAR, apart, rest, [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3]
     )
     nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0, "kin": 0.0}
-    nobody |= {"below": 0.0}
+    nobody |= {"below": 0.0, "certain": False}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -443,7 +461,10 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     ]
     evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, ease=2.0, bond=3.0, division=4.0))
     limits = {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "kin": 0.67}
-    assert evidence == {"by_class": told, "limits": {**limits, "ease": 2.0, "bond": 3.0, "division": 4.0}}
+    assert evidence == {
+        "by_class": told,
+        "limits": {**limits, "ease": 2.0, "bond": 3.0, "division": 4.0, "certain": CERTAIN},
+    }
 
 
 def test_firmly_divided_classes_come_first_in_a_ranking_of_all() -> None:
@@ -480,7 +501,7 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     limits = {"ease": 3.0, "bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5}
-    limits |= {"late": 0.2, "alike": 0.5, "kin": 0.67}
+    limits |= {"late": 0.2, "alike": 0.5, "kin": 0.67, "certain": 8.0}
     calm = {
         "ease": 0.0,
         "bond": 0.0,
@@ -495,6 +516,7 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
         "alike": 0.9,
         "kin": 0.4,
         "below": 0.67,
+        "certain": False,
     }
     few = told_of("x", calm, limits)
     assert (
@@ -516,6 +538,9 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert "nearer to that mix than to what the rest of 'x' is taken for (0.40 of that distance; 0.67" in group[2]
     early = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.6, "alike": 0.2}, limits)
     assert len(early) == 3 and early[2].startswith("They were learned early, as poison is (") and "60%" in early[2]
+    sure = told_of("x", calm | {"together": 30, "denial": 12.0, "certain": True}, limits)
+    assert len(sure) == 3 and "one class, as a rare kind does" in sure[1]
+    assert "next to no doubt" in sure[2] and "(clarity 12.0; from 8.0 on" in sure[2]
     bound = told_of("x", calm | {"ease": 3.0, "bond": 1.2, "division": 3.0, "apart": 7}, limits)
     assert len(bound) == 4 and all("(7 are set apart)" in sentence for sentence in bound[:3])
     assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from antibackdoor.defenses.company import CERTAIN
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.groups import FIRM
 
@@ -46,10 +47,11 @@ class Deposition:
         apart = int(self.apart[given == label].sum())
         told = {**dict(zip(("ease", "bond", "division"), self.clear[label], strict=True)), "apart": apart}
         heard = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False}
-        heard |= {"alike": 0.0, "kin": 0.0, "below": 0.0}
+        heard |= {"alike": 0.0, "kin": 0.0, "below": 0.0, "certain": False}
         return {**heard, **told, "attacked": apart > 0}
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
         """For the verdict: what was found about each class, and the limits beyond which it counts."""
         names = ("acquittal", "denial", "late", "alike", "kin", "ease", "bond", "division")
-        return {"by_class": list(findings), "limits": {name: getattr(options, name) for name in names}}
+        limits = {name: getattr(options, name) for name in names}
+        return {"by_class": list(findings), "limits": {**limits, "certain": CERTAIN}}

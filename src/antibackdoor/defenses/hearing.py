@@ -112,7 +112,8 @@ class Hearing(Objective):
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
         doubt[self.deposition.apart] = 1.0
         answers = probabilities.argmax(1)
-        other = self.judgement.foreign[self.given] & ~self.judgement.trusted & (answers != self.given)
+        accused = (self.judgement.foreign[self.given] & ~self.judgement.trusted) | self.judgement.denied
+        other = accused & (answers != self.given)
         flagged = other | self.deposition.apart
         reasons = {
             row: f"labeled {names[self.given[row]]!r}, "

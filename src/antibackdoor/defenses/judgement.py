@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from antibackdoor.defenses.company import alike, distance
+from antibackdoor.defenses.company import CERTAIN, alike, distance
 from antibackdoor.defenses.deposition import Deposition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
@@ -116,7 +116,8 @@ class Judgement:
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
         denial is seen in that of many. Odd but clean samples form groups too, but not early ones: these look `alike`,
         or are taken for what the rest of their class is taken for (below the limit of `kin`; below `RARE` where they
-        are the last of all to be learned, and there a group of less than `FEW` may be taken for anything).
+        are the last of all to be learned, and there a group of less than `FEW` may be taken for anything). Where the
+        denial is `CERTAIN`, as it is of poison from one source class, nothing of this is asked.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -134,10 +135,12 @@ class Judgement:
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
             below = self.options.kin if early > self.options.late else RARE
+            certain = clear >= CERTAIN and len(group) >= FEW
             told_apart = early > self.options.late or len(group) >= FEW
-            if (early > 0.5 or (kin < below and told_apart)) and alike < self.options.alike:
+            like_poison = (early > 0.5 or (kin < below and told_apart)) and alike < self.options.alike
+            if certain or like_poison:
                 known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
-                known |= {"kin": kin, "below": below}
+                known |= {"kin": kin, "below": below, "certain": certain}
                 told[label] = {**known, "attacked": True}
                 self.denied[group] = True
         self.choose()
