@@ -324,9 +324,16 @@ def test_a_group_that_is_alike_and_denied_for_certain_is_poison_of_one_class(
 
 @pytest.mark.parametrize(
     ("early", "rare", "few", "attacked"),
-    [(0.2, 0.5, 4, True), (0.2, 0.2, 4, False), (0.2, 0.5, 5, False), (0.21, 0.2, 5, True)],
+    [
+        (0.2, 0.5, 4, True),
+        (0.2, 0.2, 4, False),
+        (0.2, 0.5, 5, False),
+        (0.21, 0.2, 4, True),
+        (0.5, 0.5, 5, False),
+        (0.51, 0.2, 5, True),
+    ],
 )
-def test_a_group_learned_last_has_to_be_nearer_to_all_others_and_not_small(
+def test_a_group_that_was_not_learned_early_has_to_be_nearer_to_all_others_and_not_small(
     early: float, rare: float, few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The `kin` of the four is more than 0.2 and less than 0.5, as in the next test."""

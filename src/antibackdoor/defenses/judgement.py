@@ -115,9 +115,9 @@ class Judgement:
         own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
         denial is seen in that of many. Odd but clean samples form groups too, but not early ones: these look `alike`,
-        or are taken for what the rest of their class is taken for (below the limit of `kin`; below `RARE` where they
-        are the last of all to be learned, and there a group of less than `FEW` may be taken for anything). Where the
-        denial is `CERTAIN`, as it is of poison from one source class, nothing of this is asked.
+        or are taken for what the rest of their class is taken for (by `kin`, or only by half, `RARE`, where they are
+        the last of all to be learned), and less than `FEW` of them may be taken for anything. Where the denial of
+        enough is `CERTAIN`, as it is of poison from one source class, nothing of this is asked.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -135,9 +135,9 @@ class Judgement:
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
             below = self.options.kin if early > self.options.late else RARE
-            certain = clear >= CERTAIN and len(group) >= FEW
-            told_apart = early > self.options.late or len(group) >= FEW
-            like_poison = (early > 0.5 or (kin < below and told_apart)) and alike < self.options.alike
+            enough = len(group) >= FEW
+            certain = clear >= CERTAIN and enough
+            like_poison = (early > 0.5 or (kin < below and enough)) and alike < self.options.alike
             if certain or like_poison:
                 known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
                 known |= {"kin": kin, "below": below, "certain": certain}

@@ -65,23 +65,24 @@ class Jury(Defense):
        neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by mistake, are
        found in their company. Odd but clean samples of a kind that is not among the trusted are denied together, too;
        but these are `alike`, all taken for one class, where poison comes from everywhere, or not learned in the easier
-       half of the set and `kin`, taken rather for what the rest of their class is taken for (where they are `late`, the
-       last of all to be learned, it is enough that they are few, or half that near to it). Single samples count where
-       groups are too small to be seen: if the model confidently takes more than `acquittal` of a class for others
-       (lower end of the Wilson interval), not alike, and these were learned in the easier half of the whole set, or are
-       still there in the end.
+       half of the set and few, or `kin`, taken rather for what the rest of their class is taken for (where they are
+       `late`, the last of all to be learned, half that near is enough). Where it is certain of many, what they are
+       taken for does not matter: so poison of one source class is found. Single samples count where groups are too
+       small to be seen: if the model confidently takes more than `acquittal` of a class for others (lower end of the
+       Wilson interval), not alike, and these were learned in the easier half of the whole set, or are still there in
+       the end.
        Samples of an attacked class learn as what the model confidently takes them for, unless they are `alike` and may
        be of their class (clean-label); those it agrees with get their label back, but for the group, those set apart
        beyond doubt or, where nobody is, the `excluded` share with the most suspicion. In a class that was not attacked
        these too get their label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not
-       look like an attack, nor do those of one source class.
+       look like an attack.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
-    and a group of less than 20 that is learned last.
-    What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class.
-    Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless mixtures are `sure`
-    or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main training,
-    `trap.epochs` shallow epochs and one shallow epoch per outsider.
+    and a group of less than 20 that is not learned early.
+    What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class
+    where it is little. Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless
+    mixtures are `sure` or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main
+    training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
     """
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
