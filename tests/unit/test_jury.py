@@ -345,6 +345,21 @@ def test_a_group_that_was_not_learned_early_has_to_be_nearer_to_all_others_and_n
     assert bool(court.judgement.findings[1]["together"]) == attacked
 
 
+@pytest.mark.parametrize("little", [True, False])
+def test_a_little_of_a_class_is_left_out_without_a_verdict(little: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of ten that are denied as poison is; five would have to be for a verdict."""
+    court = Neighborhood(monkeypatch)
+    monkeypatch.setattr(judgement, "FEW", 5)
+    monkeypatch.setattr(judgement, "LITTLE", 0.4 if little else 0.39)
+    court.judgement.early[court.group] = 0.5
+    court.hear(court.elsewhere(court.group), second=2)
+    assert not any(f["attacked"] or f["together"] for f in court.judgement.findings)
+    assert torch.equal(court.judgement.denied, court.group & little)
+    court.hear(court.given)
+    assert torch.equal(court.hearing.labels == OUT, court.group & little), "what was denied stays out"
+    assert not court.hearing.outcome(court.job.model()).flagged.any()
+
+
 @pytest.mark.parametrize(("early", "second", "attacked"), [(0.5, None, False), (0.5, 2, True), (0.51, None, True)])
 def test_a_group_that_was_not_learned_early_and_is_taken_for_what_its_class_is_taken_for_is_of_its_class(
     early: float, second: int | None, attacked: bool, monkeypatch: pytest.MonkeyPatch

@@ -112,7 +112,8 @@ class Hearing(Objective):
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
         doubt[self.deposition.apart] = 1.0
         answers = probabilities.argmax(1)
-        accused = (self.judgement.foreign[self.given] & ~self.judgement.trusted) | self.judgement.denied
+        attacked, foreign = self.judgement.attacked[self.given], self.judgement.foreign[self.given]
+        accused = (foreign & ~self.judgement.trusted) | (attacked & self.judgement.denied)
         other = accused & (answers != self.given)
         flagged = other | self.deposition.apart
         reasons = {

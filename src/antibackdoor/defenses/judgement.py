@@ -24,6 +24,10 @@ RARE = 0.5
 """The limit of `kin` for a group that is `late`. Rare kinds and the hardest of a class lie there, and are taken for
 only some of what the rest of their class is taken for."""
 
+LITTLE = 0.05
+"""Share of a class that is left out without a verdict, if it is denied as poison is: clean samples may be, where they
+are few, and a class can spare as many."""
+
 
 class Judgement:
     """Who is trusted, which classes are attacked, and what label each sample gets; nothing is trained here.
@@ -75,7 +79,7 @@ class Judgement:
         foreign = self.foreign[self.given]
         judged = torch.where(against & foreign, answers, torch.where(restored, self.given, OUT))
         left_out = (own < self.options.impossible / len(self.classes)) & self.excluded & self.large[self.given]
-        heard = torch.where(attacked, judged, torch.where(left_out, OUT, self.given))
+        heard = torch.where(attacked, judged, torch.where(left_out | self.denied, OUT, self.given))
         return torch.where(self.trusted, self.given, heard)
 
     @property
@@ -110,14 +114,15 @@ class Judgement:
         self.choose()
 
     def _denied_together(self, own: Tensor, probabilities: Tensor) -> list[dict[str, Any]]:
-        """Find the group in each class whose label the model denies; what is told of it if it is taken for poison.
+        """Find the group in each class whose label the model denies; what is told of it if it convicts the class.
 
         own: `(n,)`, the model's probability of the given label. A poisoned sample that the model happens to agree with,
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
         denial is seen in that of many. Odd but clean samples form groups too, but not early ones: these look `alike`,
         or are taken for what the rest of their class is taken for (by `kin`, or only by half, `RARE`, where they are
-        the last of all to be learned), and less than `FEW` of them may be taken for anything. Where the denial of
-        enough is `CERTAIN`, as it is of poison from one source class, nothing of this is asked.
+        the last of all to be learned), and less than `FEW` of them may be taken for anything: then they are left out,
+        if they are `LITTLE`, and convict nobody. Where the denial of enough is `CERTAIN`, as it is of poison from one
+        source class, nothing of this is asked.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -135,14 +140,17 @@ class Judgement:
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
             below = self.options.kin if early > self.options.late else RARE
+            like_poison = alike < self.options.alike and (early > 0.5 or kin < below)
             enough = len(group) >= FEW
             certain = clear >= CERTAIN and enough
-            like_poison = (early > 0.5 or (kin < below and enough)) and alike < self.options.alike
-            if certain or like_poison:
+            convicts = certain or (like_poison and (early > 0.5 or enough))
+            little = int((self.denied[rows] | inside).sum()) <= LITTLE * len(rows)  # with those left out before
+            if convicts or (like_poison and little):
+                self.denied[group] = True
+            if convicts:
                 known = {"denial": clear, "together": len(group), "early": early, "alike": alike}
                 known |= {"kin": kin, "below": below, "certain": certain}
                 told[label] = {**known, "attacked": True}
-                self.denied[group] = True
         self.choose()
         return told
 

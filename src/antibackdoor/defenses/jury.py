@@ -75,7 +75,8 @@ class Jury(Defense):
        be of their class (clean-label); those it agrees with get their label back, but for the group, those set apart
        beyond doubt or, where nobody is, the `excluded` share with the most suspicion. In a class that was not attacked
        these too get their label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not
-       look like an attack.
+       look like an attack. And a few that lie together and are denied as poison is, up to a twentieth of the class, are
+       left out for good.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
     and a group of less than 20 that is not learned early.
