@@ -30,8 +30,8 @@ DENIED = 2.5
 """Clarity from which on doubts that were shared once divide a class: hard but clean samples lie together, too."""
 
 CERTAIN = 8.0
-"""Clarity from which on a group of 20 or more counts as denied whatever it is taken for: the model doubts it by at
-least two thirds more than the rest of its class. A dozen clean samples of one odd kind reach that, too; more do not."""
+"""Clarity from which on a group of 20 or more counts as denied whatever it is taken for: the model doubts its label by
+0.63 more than that of the rest of the class. A dozen clean samples of one odd kind reach that, too; more do not."""
 
 
 def second_logits(tap: nn.Module, batch: Batch) -> Tensor:
@@ -66,7 +66,7 @@ class Company:
 
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
     which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group, or that
-    is rather at `home` elsewhere: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
+    is rather at home `elsewhere`: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
     `(o, n)`, shared `rounds` times; the first is how early samples were learned, which tells groups apart but not which
     of them is odd, since a class may be easier than its poison. other: `(n,)` in [0, 1], an opinion that tells that of
     its groups: one that divides the class itself or, where none does, what `outsiders` say, if there are any.
