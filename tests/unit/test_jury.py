@@ -297,7 +297,7 @@ def test_a_group_of_more_than_may_be_poison_is_the_class(monkeypatch: pytest.Mon
 
 def test_a_group_that_is_alike_or_hardly_denied_is_odd_but_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     alike = Neighborhood(monkeypatch)
-    alike.hear(torch.where(alike.group, 2, alike.given), confidence=0.6)
+    alike.hear(torch.where(alike.group, 2, alike.given))
     unsure = Neighborhood(monkeypatch)
     unsure.hear(unsure.given, confidence=0.9)
     for court in (alike, unsure):
@@ -329,6 +329,7 @@ def test_a_group_that_is_alike_and_denied_for_certain_is_poison_of_one_class(
         (0.2, 0.2, 4, False),
         (0.2, 0.5, 5, False),
         (0.21, 0.2, 4, True),
+        (0.21, 0.2, 5, False),
         (0.5, 0.5, 5, False),
         (0.51, 0.2, 5, True),
     ],
