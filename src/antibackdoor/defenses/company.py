@@ -102,21 +102,18 @@ class Company:
         heard = [shares[:, rows] for rows in groups]
         home = None if outsiders is None else outsiders.number
 
-        def at_home(label: int, opinion: Tensor) -> bool:
-            """Whether outsiders recognize most of the class, the upper group, and more than one kind in it."""
-            assert outsiders is not None
-            if not elsewhere(opinion, heard[label][outsiders.number], near.shape[1] - 1, most):
-                return False
-            return not outsiders.one_kind(label, groups[label][halves(opinion)[0]], given)
-
         def limit(label: int) -> float:
             part = heard[label]
             # A class that is most of the set wins mixtures by that alone, and poison is not most of a set.
             if 2 * part.shape[1] > len(given):
                 return most
             foreign = any(sure(opinion, most) for opinion in part)
-            if home is not None:
-                foreign |= any(at_home(label, opinion) for number, opinion in enumerate(part) if number != home)
+            if outsiders is not None:
+                for number, opinion in enumerate(part):
+                    theirs = number == outsiders.number
+                    if not theirs and elsewhere(opinion, part[outsiders.number], near.shape[1] - 1, most):
+                        # A clean class may look like another one; poison looks like many.
+                        foreign |= not outsiders.one_kind(label, groups[label][halves(opinion)[0]], given)
             return 1.0 if foreign else most
 
         limits = [limit(label) for label in range(classes)]
