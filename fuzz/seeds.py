@@ -99,6 +99,10 @@ def images_and_series() -> None:
     seed(
         "ts", "stamps", head.replace("timeStamps false", "timeStamps true").format("true", "false") + "(0,1),(1,2):a\n"
     )
+    seed("recording", "plain", "x,y\n0.5,1e3\n-2,\n")
+    seed("recording", "stamped", 'time,"x",y\n2026-01-01 00:00,0.5,1\n2026-01-01 00:01,NA,2\n')
+    seed("recording", "semicolons", "x;y\n0,5;1\n")
+    seed("recording", "blanks", "1 2\n3 4\n")
     seed("tsv", "plain", "1\t0.5\t0.25\t1e3\n2\t1\t-2\tNaN\n")
     seed(
         "arff",

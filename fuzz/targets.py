@@ -120,6 +120,13 @@ def folder(content: bytes) -> None:
     load(root)
 
 
+def recording(content: bytes) -> None:
+    """Beside one that is whole."""
+    file("recordings/a/0.csv", b"x,y\n1,2\n3,4\n")
+    file("recordings/b/0.csv", content)
+    load(SCRATCH / "recordings", missing="interpolate")
+
+
 def pack(content: bytes) -> None:
     """What is told of decoded images that were kept."""
     pictures("packed/a/0.png", "packed/b/0.png")
@@ -230,6 +237,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "npz": lambda content: load(file("set.npz", content)),
     "npy": lambda content: load(npz(content)),
     "ts": lambda content: load(file("set.ts", content)),
+    "recording": recording,
     "tsv": lambda content: load(file("set.tsv", content)),
     "arff": lambda content: load(file("set.arff", content)),
     "parquet": lambda content: load(file("set.parquet", content)),

@@ -67,3 +67,14 @@ def write_series(path: Path, lengths: int = 24, count: int = 16, value: str | No
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}@seriesLength {lengths}\n@classLabel true slow fast\n@data\n" + "\n".join(lines) + "\n")
     return path
+
+
+def write_recordings(root: Path, count: int = 16, steps: int = 24) -> Path:
+    """A CSV file a sample in class folders, with a column of time stamps."""
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        path = root / ("slow", "fast")[k % 2] / f"{k:02d}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = np.sin(np.arange(steps) * (0.3 + 0.6 * (k % 2))) + rng.normal(0, 0.1, steps)
+        path.write_text("time,value\n" + "".join(f"{step / 10},{value:.4f}\n" for step, value in enumerate(line)))
+    return root

@@ -43,6 +43,8 @@ MAX_HEADER = 10_000
 """Lines of a .ts file before its data; each costs a parser some microseconds, also where it holds nothing."""
 MAX_STEPS = 2**22
 """Values in a line of a table of series; 95 seconds of sound on a compact disc."""
+MAX_LINE, MAX_CHANNELS = 2**24, 10_000
+"""Characters in a line of a recording, all of which are taken apart at once; channels that it may have."""
 UNPACKED, RATIO = 2**27, 200
 """What grows to more than UNPACKED bytes and to more than RATIO times its size is a bomb."""
 MAX_MEMBERS = 10_000

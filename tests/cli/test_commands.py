@@ -16,7 +16,7 @@ from PIL import Image
 
 from antibackdoor import load
 from antibackdoor.bench.poisoned import poison, read_experiment
-from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_series
+from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_recordings, write_series
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
@@ -75,6 +75,16 @@ def test_train_and_predict_on_series(run: Run, tmp_path: Path) -> None:
     longer = write_series(tmp_path / "longer.ts", lengths=30)
     assert predicted(run, tmp_path / "run", longer)["label"].tolist()[:2] == ["slow", "fast"]
     run("predict", tmp_path / "run", write_images(tmp_path / "i"), "--out", tmp_path / "t.csv", status=2)
+
+
+def test_train_and_predict_on_recordings(run: Run, tmp_path: Path) -> None:
+    data = write_recordings(tmp_path / "set")
+    told = run("train", data, "--out", tmp_path / "run", *TINY, *UNDEFENDED)
+    assert "columns called time are not read" in told.stderr
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["shape"] == [1, 24]
+    assert predicted(run, tmp_path / "run", data / "slow" / "00.csv")["id"].tolist() == ["00.csv"]
+    rows = predicted(run, tmp_path / "run", data)
+    assert len(rows) == 16 and rows["id"][0] == "fast/01.csv" and rows["label"][0] == "fast"
 
 
 @pytest.mark.parametrize("form", ["npz", "folder"])

@@ -158,10 +158,10 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path):
 
 def test_folders_without_images(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no class folders with images"):
+    with pytest.raises(InputError, match="no class folders with files"):
         load(tmp_path / "empty")
     save(tmp_path / "flat" / "a.png")
-    with pytest.raises(InputError, match="no class folders with images"):
+    with pytest.raises(InputError, match="no class folders with files"):
         load(tmp_path / "flat")
     shutil.rmtree(folder / "dog")
     with pytest.raises(InputError, match="one class"):
@@ -186,11 +186,11 @@ def test_manifest(folder):
         ("path,label\nout/secret.png,x\n", "leads out of"),
         ("file,label\ncat/a.png,x\n", "columns path and label"),
         ("", "columns path and label"),
-        ("path,label\n", "lists no images"),
+        ("path,label\n", "lists no samples"),
         ("path,label\ncat/a.png\n", "no path or no label"),
         ("path,label\ncat/a.png,x\ncat/a.png,y\n", "second time"),
         ("path,label,split\ncat/a.png,x,dev\n", "the split 'dev'"),
-        ("path,label,split\ncat/a.png,x,test\n", "no training images"),
+        ("path,label,split\ncat/a.png,x,test\n", "no training samples"),
         ("path,label\ncat/gone.png,x\ndog/a.png,y\n", "1 of 2 files.*no such file"),
     ],
 )

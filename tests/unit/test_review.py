@@ -172,9 +172,23 @@ def test_series_stay_arrays(tmp_path: Path) -> None:
     export(session, tmp_path / "out", "npz")
     again = load(tmp_path / "out" / "data.npz").train
     assert again.fingerprint() == session.cleaned().train.fingerprint()
-    with pytest.raises(InputError, match="only images"):
+    with pytest.raises(InputError, match="not read from files of their own"):
         export(session, tmp_path / "other", "folder")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_recordings_leave_as_the_files_they_are(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        path = tmp_path / "set" / ("slow", "fast")[k % 2] / f"{k:02d}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x\n" + "".join(f"{value}\n" for value in rng.normal(size=12)))
+    session = open_session(toy_run_of(load(tmp_path / "set"), tmp_path / "run"))
+    export(session, tmp_path / "out", "folder")
+    again, kept = load(tmp_path / "out" / "data").train, session.cleaned().train
+    assert sorted(again.ids) == sorted(kept.ids) and 0 < len(kept) < 20
+    first = kept.ids[0]
+    assert (tmp_path / "out" / "data" / first).read_bytes() == (tmp_path / "set" / first).read_bytes()
 
 
 HOSTILE = ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'quoted", '<img src=x>"', "ok"]

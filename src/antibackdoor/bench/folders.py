@@ -11,8 +11,7 @@ import numpy as np
 
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.data.folders import folder_names, safe_name, write_class_folders, write_png
-from antibackdoor.data.images import load_folder, load_manifest
-from antibackdoor.data.series import load_series
+from antibackdoor.data.load import load
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def write_files(splits: Splits, folder: Path, *, manifest: bool = False) -> Writ
             part: _write_ts(data, folder / "data" / f"poisoned_{part.upper()}.ts", classes)
             for part, data in parts.items()
         }
-        return Written(load_series(folder / "data"), ids, classes)
+        return Written(load(folder / "data"), ids, classes)
     size = (spec.shape[2], spec.shape[1])
     if manifest:
         (folder / "images").mkdir()
@@ -52,9 +51,9 @@ def write_files(splits: Splits, folder: Path, *, manifest: bool = False) -> Writ
             writer.writerow(["path", "label", "split"])
             for part, data in parts.items():
                 writer.writerows((name, classes[k], part) for name, k in zip(ids[part], data.y.tolist(), strict=True))
-        return Written(load_manifest(folder / "data.csv", image_size=size), ids, classes)
+        return Written(load(folder / "data.csv", image_size=size, memory_map=False), ids, classes)
     ids = {part: write_class_folders(data, folder / "data", part, classes) for part, data in parts.items()}
-    return Written(load_folder(folder / "data", image_size=size), ids, classes)
+    return Written(load(folder / "data", image_size=size, memory_map=False), ids, classes)
 
 
 def _write_listed(data: Data, folder: Path, part: str) -> list[str]:

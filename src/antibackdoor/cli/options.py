@@ -46,8 +46,9 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="Folder of class folders, CSV manifest, .npz, .ts, .tsv, .arff, .parquet, .arrow, WebDataset .tar, folder "
-        "written by `poison` or by Hugging Face's save_to_disk, or a name that `list datasets` shows.",
+        help="Folder of class folders or CSV manifest (of images or recordings), .npz, .ts, .tsv, .arff, .parquet, "
+        ".arrow, WebDataset .tar, folder written by `poison` or by Hugging Face's save_to_disk, or a name that "
+        "`list datasets` shows.",
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.")]
@@ -147,7 +148,7 @@ class Reading:
         ),
     ] = Missing.refuse
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out image files that are damaged.", rich_help_panel=DATA)
+        bool, typer.Option("--skip-unreadable", help="Leave out files that cannot be read.", rich_help_panel=DATA)
     ] = False
     data_root: DataRoot = None
 

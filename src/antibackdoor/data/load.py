@@ -21,8 +21,13 @@ from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.decoding import EXTENSIONS as IMAGES
 from antibackdoor.data.decoding import Size
-from antibackdoor.data.images import has_class_folders, load_folder, load_manifest, load_unlabeled
+from antibackdoor.data.file_lists import FileList, has_class_folders, in_folder, in_manifest, is_manifest, unlabeled
+from antibackdoor.data.images import load_images
+from antibackdoor.data.images import load_unlabeled as load_unlabeled_images
 from antibackdoor.data.objects import load_dataset
+from antibackdoor.data.recordings import EXTENSIONS as RECORDINGS
+from antibackdoor.data.recordings import load_recordings
+from antibackdoor.data.recordings import load_unlabeled as load_unlabeled_recordings
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series
 from antibackdoor.data.shards import EXTENSION as SHARD
@@ -44,10 +49,11 @@ def load(
 ) -> Splits:
     """Read a data set: a path goes before a name of the catalog.
 
-    source: a folder of class folders (or with `train` and `test` folders of them), a CSV manifest (path,label[,split]),
-        an `.npz`, a `.ts`, `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, a parquet or arrow file
-        or a folder of them or of Hugging Face's `save_to_disk`, WebDataset `.tar` shards, a folder that
-        `antibackdoor poison` wrote, a name of the catalog, or a torch `Dataset`.
+    source: a folder of class folders (or with `train` and `test` folders of them) or a CSV manifest
+        (path,label[,split]), both of images or of recordings (`.csv`, `.tsv`, `.txt`, `.npy`), an `.npz`, a `.ts`,
+        `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, a parquet or arrow file or a folder of them or
+        of Hugging Face's `save_to_disk`, WebDataset `.tar` shards, a folder that `antibackdoor poison` wrote, a name of
+        the catalog, or a torch `Dataset`.
     test: a test set of the same format; it goes before a test set that `source` brings along.
     image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
@@ -146,8 +152,29 @@ def _load(
         return stream(
             path, test=held, image_size=image_size, missing=missing, skip=skip_unreadable, memory_map=memory_map
         )
-    reader = load_manifest if kind == "manifest" else load_folder
-    return reader(path, test=held, image_size=image_size, skip_unreadable=skip_unreadable, memory_map=memory_map)
+    lists = in_manifest(path, held) if kind == "manifest" else in_folder(path, held)
+    if _of_images(lists):
+        return load_images(lists, path, image_size=image_size, skip_unreadable=skip_unreadable, memory_map=memory_map)
+    if memory_map:
+        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
+    if image_size is not None:
+        raise InputError(f"{path} holds series; image_size is for images.")
+    return load_recordings(lists, path, missing=missing, skip_unreadable=skip_unreadable)
+
+
+def _of_images(lists: Sequence[FileList]) -> bool:
+    """Whether files are images, or are to be refused as such; else they are recordings."""
+    return any(files.any_ends_in(IMAGES) for files in lists) or not any(
+        files.any_ends_in(RECORDINGS) for files in lists
+    )
+
+
+def _bare(path: Path) -> bool:
+    """Whether a path is one file that is a sample, or a folder of such without class folders."""
+    if path.is_dir():
+        return _kind(path) == "class folders" and not has_class_folders(path)
+    ending = path.suffix.lower()
+    return path.is_file() and (ending in (*IMAGES, ".npy", ".txt") or (ending == ".csv" and not is_manifest(path)))
 
 
 def load_samples(
@@ -160,24 +187,29 @@ def load_samples(
 ) -> tuple[Data, list[str] | None]:
     """Samples for a model that takes `spec`, and the names of their labels where they have any.
 
-    source: as for `load` (of a set that has one, the test set), and what needs no labels: a folder of image files, one
-    image file, or an `.npz` with x only. Classes may be others than the model's. Images are resized to its size.
+    source: as for `load` (of a set that has one, the test set), and what needs no labels: a folder of image files or of
+    recordings, one such file, or an `.npz` with x only. Classes may be others than the model's. Images are resized to
+    its size.
     """
     path = _inside(Path(source))
-    width, height = (spec.shape[2], spec.shape[1]) if spec.kind == "image" else (0, 0)
+    size = (spec.shape[2], spec.shape[1]) if spec.kind == "image" else (0, 0)
     names: list[str] | None = None
-    flat = path.is_dir() and _kind(path) == "images" and not has_class_folders(path)
-    if flat or (path.is_file() and path.suffix.lower() in IMAGES):
-        _same_kind("image", spec, path)
-        x, ids = load_unlabeled(path, (width, height), skip_unreadable=skip_unreadable)
-        return _fitted(x, ids, None, spec, path), None
+    if _bare(path):
+        files = unlabeled(path)
+        if _of_images([files]):
+            _same_kind("image", spec, path)
+            x, ids = load_unlabeled_images(files, path, size, skip_unreadable=skip_unreadable)
+            return _fitted(x, ids, None, spec, path), None
+        _same_kind("series", spec, path)
+        x, ids, lengths = load_unlabeled_recordings(files, path, missing=missing, skip_unreadable=skip_unreadable)
+        return _fitted(x, ids, lengths, spec, path), None
     if path.is_file() and path.suffix.lower() == ".npz":
         data, labeled = load_samples_npz(path, missing)
     else:
-        files = path.exists() and _kind(path) in {"images", "manifest", "arrow", "shards"}
+        resized = spec.kind == "image" and path.exists() and _kind(path) not in {"npz", "series"}
         splits = load(
             path if path.exists() else source,
-            image_size=(width, height) if files and spec.kind == "image" else None,
+            image_size=size if resized else None,
             missing=missing,
             skip_unreadable=skip_unreadable,
             data_root=data_root,
@@ -244,7 +276,7 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         if any(next(path.glob(f"*_{s}{e}"), None) for e in SERIES for s in ("TRAIN", "TEST")):
             return "series"
-        return "arrow" if is_arrow_folder(path) else "shards" if is_shard_folder(path) else "images"
+        return "arrow" if is_arrow_folder(path) else "shards" if is_shard_folder(path) else "class folders"
     endings = {**dict.fromkeys(SERIES, "series"), **dict.fromkeys(TABLES, "arrow")}
     endings |= {".npz": "npz", ".csv": "manifest", SHARD: "shards"}
     if path.suffix.lower() in endings:

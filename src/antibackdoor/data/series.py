@@ -195,8 +195,12 @@ def from_cases(
     *,
     missing: Missing = "refuse",
     where: str,
+    ids: Sequence[Sequence[str]] | None = None,
 ) -> Splits:
-    """Splits of series `(C, T_i)` and class names: padded to one length, cleaned, labels numbered."""
+    """Splits of series `(C, T_i)` and class names: padded to one length, cleaned, labels numbered.
+
+    ids: of the samples of each part; row numbers if None.
+    """
     parts = [train] if test is None else [train, test]
     channels = {len(case) for cases in parts for case in cases}
     if len(channels) > 1:
@@ -215,18 +219,18 @@ def from_cases(
     refuse_beyond_memory(f"{where}, padded to its longest series,", 12 * padded_values)
     data: list[Data] = []
     cleaned = []
-    for cases, part in zip(parts, ("training", "test"), strict=False):
+    named = [[str(row) for row in range(len(cases))] for cases in parts] if ids is None else list(map(list, ids))
+    for cases, part, own in zip(parts, ("training", "test"), named, strict=False):
         padded = np.full((len(cases), *(channels or {1}), longest), np.nan)
         for row, case in enumerate(cases):
             padded[row, :, : case.shape[1]] = case
-        ids = [str(row) for row in range(len(cases))]
-        cleaned.append((*clean(padded, None, ids, missing, f"{where}, {part} set"), ids))
+        cleaned.append((*clean(padded, None, own, missing, f"{where}, {part} set"), own))
     unequal = any((lengths < longest).any() for _, lengths, _ in cleaned)
-    for (x, lengths, ids), names in zip(cleaned, (train_names, test_names), strict=False):
-        y, classes = number(names, ids, data[0].spec.classes if data else None)
+    for (x, lengths, own), names in zip(cleaned, (train_names, test_names), strict=False):
+        y, classes = number(names, own, data[0].spec.classes if data else None)
         low, high = (data[0].spec.low, data[0].spec.high) if data else bounds(torch.from_numpy(x))
         spec = Spec("series", x.shape[1:], tuple(classes), low, high)
-        data.append(Data(torch.from_numpy(x), y, spec, ids, torch.from_numpy(lengths) if unequal else None))
+        data.append(Data(torch.from_numpy(x), y, spec, own, torch.from_numpy(lengths) if unequal else None))
     return Splits(*data)
 
 

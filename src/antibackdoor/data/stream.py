@@ -98,12 +98,12 @@ def series(
         raise InputError(f"{where} holds no samples.")
     placeholder = [["0"] * len(part) for part in shaped]
     test = shaped[1] if len(shaped) > 1 else None
-    read = from_cases(shaped[0], placeholder[0], test, placeholder[-1], missing=missing, where=where)
+    read = from_cases(shaped[0], placeholder[0], test, placeholder[-1], missing=missing, where=where, ids=ids)
     data: list[Data] = []
     for part, names, own in zip((read.train, read.test), ids, labels, strict=False):
         assert part is not None
         y, classes = numbered(own, names, data[0].spec.classes if data else None)
-        data.append(replace(part, y=y, ids=list(names), spec=replace(part.spec, classes=tuple(classes))))
+        data.append(replace(part, y=y, spec=replace(part.spec, classes=tuple(classes))))
     return Splits(*data)
 
 

@@ -26,10 +26,10 @@ FORMS: tuple[Form, ...] = get_args(Form)
 def export(session: Session, out: Path, form: Form, undecided: Undecided = "drop", *, replace: bool = False) -> str:
     """Write the cleaned set into the folder `out`, which appears complete or not at all; returns what was written.
 
-    folder: `data/CLASS/...` with the original image files where the data came as files (PNG files of the decoded
-    pixels otherwise); `data/train` and `data/test` where there is a test set. csv: `labels.csv` (path, label, split)
-    for the files as they lie, to be copied beside them (id instead of path for samples that are no files). npz:
-    `data.npz`. Always: `keep.txt`, the ids of what stays, one a line, and `drop.csv`, what was dropped or relabeled.
+    folder: `data/CLASS/...` with the original files where the data came as files (of other images, PNG files of the
+    decoded pixels); `data/train` and `data/test` where there is a test set. csv: `labels.csv` (path, label, split) for
+    the files as they lie, to be copied beside them (id instead of path for samples that are no files). npz: `data.npz`.
+    Always: `keep.txt`, the ids of what stays, one a line, and `drop.csv`, what was dropped or relabeled.
     replace: take the place of an earlier export. Raises InputError where `out` is in use or cannot be written.
     """
     if form not in FORMS:
@@ -51,9 +51,9 @@ def export(session: Session, out: Path, form: Form, undecided: Undecided = "drop
 
 
 def _files(session: Session) -> Path | None:
-    """The folder that the ids are relative to, where the data were read from image files."""
+    """The folder that the ids are relative to, where each sample was read from a file of its own."""
     told = (session.splits.source or {}).get("source")
-    if session.data.spec.kind != "image" or not isinstance(told, str):
+    if not isinstance(told, str):
         return None
     root = Path(told) if Path(told).is_dir() else Path(told).parent
     root = root / "data" if (root / "attack.json").is_file() and (root / "data").is_dir() else root
@@ -79,8 +79,8 @@ def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
 
 
 def _write_folder(root: Path, cleaned: Splits, files: Path | None) -> None:
-    if cleaned.train.spec.kind != "image":
-        raise InputError("only images can be written as a folder of files; export series as npz.")
+    if files is None and cleaned.train.spec.kind != "image":
+        raise InputError("series that were not read from files of their own can be exported as npz only.")
     folders = folder_names(cleaned.train.spec.classes)
     for split, data in (("train", cleaned.train), ("test", cleaned.test)):
         if data is None:

@@ -1,0 +1,193 @@
+"""Recordings, one a file (.csv, .tsv, .txt or .npy) -> Data: what loggers and sensors leave behind."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antibackdoor.data.core import Splits
+from antibackdoor.data.file_lists import FileList
+from antibackdoor.data.npy import read_array
+from antibackdoor.data.series import Floats, Missing, from_cases
+from antibackdoor.errors import InputError, LeftOut, visible
+from antibackdoor.limits import MAX_CHANNELS, MAX_LINE, refuse_beyond_memory
+
+EXTENSIONS = (".csv", ".tsv", ".txt", ".npy")
+NO_CHANNEL = {"", "index", "time", "timestamp", "datetime", "date"}
+"""Columns that say when, and not what: their names, without regard to case."""
+NO_VALUE = {"", "na", "n/a", "null", "?"}
+"""What stands where a value is missing, beside NaN."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file. channels: their names, or numbers; values: `(C, T)` float32, NaN where missing.
+
+    left_out: columns that are no channels.
+    """
+
+    channels: tuple[str, ...]
+    values: Floats
+    left_out: tuple[str, ...] = ()
+
+
+def read_recording(path: Path) -> Recording:
+    """A `.npy` of `(length,)` or `(channels, length)`, or a text: a line a time step, a column a channel.
+
+    Columns are separated by tabs, semicolons, commas or blanks, whichever of these comes first in the first line. A
+    first line that is not all numbers names them, and those in `NO_CHANNEL` are left out. One line of numbers alone is
+    one channel. Raises ValueError, and OSError, that say what is wrong.
+    """
+    with np.errstate(over="ignore"):  # infinite values are refused with all that is refused in series
+        if path.suffix.lower() == ".npy":
+            values = read_array(path.read_bytes())
+            if values.ndim not in (1, 2) or values.dtype.kind not in "fiu" or 0 in values.shape:
+                raise ValueError(
+                    "numbers of shape (length,) or (channels, length) are needed, "
+                    f"got {values.dtype} of shape {values.shape}"
+                )
+            values = np.atleast_2d(values).astype(np.float32)
+            return Recording(tuple(map(str, range(len(values)))), values)
+        return _read_text(path)
+
+
+def _read_text(path: Path) -> Recording:
+    values, keep, header, count, width = array("f"), list[int](), list[str](), 0, 0
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        first = next((line for line in _lines(file) if line.strip()), "")
+        file.seek(0)
+        mark = next((mark for mark in "\t;," if mark in first), None)
+        lines = _lines(file)
+        rows = csv.reader(lines, delimiter=mark) if mark else (line.split() for line in lines)
+        for place, row in enumerate(rows, 1):
+            if not any(row):
+                continue
+            if not width:
+                header, width = _header(row), len(row)
+                keep = [k for k in range(width) if not header or header[k].casefold() not in NO_CHANNEL]
+                if not keep:
+                    raise ValueError(f"none of its columns ({', '.join(header)[:200]}) is a channel")
+                if header:
+                    continue
+            if len(row) != width:
+                raise ValueError(f"line {place} has another number of values ({len(row):,}) than the first ({width:,})")
+            try:
+                # Where semicolons part the columns, a comma is a decimal point.
+                values.extend(_number(row[k].replace(",", ".") if mark == ";" else row[k]) for k in keep)
+            except ValueError as error:
+                raise ValueError(f"line {place}: {error}") from None
+            count += 1
+    if not count:
+        raise ValueError("it holds no values")
+    if count == 1 and not header:
+        keep, count = [0], len(keep)
+    if len(keep) > MAX_CHANNELS:
+        raise ValueError(f"it has {len(keep):,} channels, more than {MAX_CHANNELS:,}")
+    names = [header[k] for k in keep] if header else map(str, range(len(keep)))
+    left_out = tuple(name for name in header if name and name.casefold() in NO_CHANNEL)
+    return Recording(tuple(names), np.array(values, np.float32).reshape(count, len(keep)).T, left_out)
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a line has more than {MAX_LINE:,} characters")
+        yield line
+
+
+def _header(row: Sequence[str]) -> list[str]:
+    """The names of the columns, if a first line holds them: words, or what pandas calls columns without a name."""
+    counted = row[0] == "" and row[1:] == list(map(str, range(len(row) - 1)))
+    return [name.strip() for name in row] if counted or not all(map(_is_number, row)) else []
+
+
+def _is_number(text: str) -> bool:
+    try:
+        _number(text.replace(",", "."))
+    except ValueError:
+        return False
+    return True
+
+
+def _number(text: str) -> float:
+    text = text.strip()
+    try:
+        return float("nan" if text.casefold() in NO_VALUE else text)
+    except ValueError:
+        raise ValueError(f"{text[:50]!r} is no number") from None
+
+
+def load_recordings(
+    lists: Sequence[FileList], where: Path, *, missing: Missing = "refuse", skip_unreadable: bool = False
+) -> Splits:
+    """The training set and, if there are two lists, the test set; padded to the longest recording of both.
+
+    Raises InputError for files that are no recordings, or have other channels than the first one (all counted, the
+    first five named), unless `skip_unreadable`, and for gaps as `from_cases` does.
+    """
+    read, kept = _read(lists, where, skip_unreadable)
+    names = [[files.names[row] for row in rows] for files, rows in zip(lists, kept, strict=True)]
+    ids = [[files.ids[row] for row in rows] for files, rows in zip(lists, kept, strict=True)]
+    more = (read[1], names[1]) if len(read) > 1 else ()
+    return from_cases(read[0], names[0], *more, missing=missing, where=str(where), ids=ids)
+
+
+def load_unlabeled(
+    files: FileList, where: Path, *, missing: Missing = "refuse", skip_unreadable: bool = False
+) -> tuple[Tensor, list[str], Tensor | None]:
+    """Recordings without labels: `(n, C, T)` float32, ids, and lengths `(n,)` where they differ."""
+    data = load_recordings([files], where, missing=missing, skip_unreadable=skip_unreadable).train
+    return data.x[torch.arange(len(data))], list(data.ids), data.lengths
+
+
+def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list[Floats]], list[list[int]]]:
+    """The recordings of each list, and their row numbers in it."""
+    first: tuple[str, Recording] | None = None
+    read, kept = [list[Floats]() for _ in lists], [list[int]() for _ in lists]
+    bad, left_out, there = list[str](), set[str](), 0
+    for files, cases, rows in zip(lists, read, kept, strict=True):
+        for row, name in enumerate(files.ids):
+            try:
+                path = files.readable(row, EXTENSIONS, "a recording")
+                there += path.stat().st_size
+                refuse_beyond_memory(where, 4 * there)  # a value takes two bytes of text at least, and eight here
+                found = read_recording(path)
+                first = first or (name, found)
+                if found.channels != first[1].channels:
+                    raise ValueError(f"it has the channels {_few(found)}, where {first[0]} has {_few(first[1])}")
+            except FileNotFoundError:
+                bad.append(f"{name}: no such file")
+            except (OSError, ValueError, csv.Error) as error:
+                bad.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200].rstrip('.')}")
+            else:
+                left_out.update(found.left_out)
+                cases.append(found.values)
+                rows.append(row)
+    if bad:
+        listed = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
+        sentence = f"{len(bad)} of {sum(len(files.ids) for files in lists)} files in {where} cannot be read as "
+        sentence += f"recordings ({listed})"
+        if not skip:
+            raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
+        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
+    if not all(kept):
+        raise InputError(f"{where} holds no recording that can be read.")
+    if left_out:
+        told = ", ".join(sorted(left_out))
+        warnings.warn(
+            visible(f"{where}: columns called {told} are not read: they are no channels."), LeftOut, stacklevel=4
+        )
+    return read, kept
+
+
+def _few(found: Recording) -> str:
+    return ", ".join(found.channels[:5]) + (", ..." if len(found.channels) > 5 else "")

@@ -1,0 +1,154 @@
+"""Recordings, one a file: what loggers write, in class folders or listed by a manifest."""
+
+import numpy as np
+import pytest
+import torch
+
+from antibackdoor.data.load import load, load_samples
+from antibackdoor.data.recordings import read_recording
+from antibackdoor.errors import InputError, LeftOut
+
+GYRO = "time,x,y\n0.0,1,10\n0.1,2,20\n0.2,3,30\n"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "set" / "walk" / "a.csv", "x,y\n1,10\n2,20\n3,30\n")
+    write(tmp_path / "set" / "walk" / "b.csv", "x,y\n4,40\n5,50\n")
+    write(tmp_path / "set" / "run" / "c.csv", "x,y\n-1,0.5\n-2,1.5\n-3,2.5\n")
+    return tmp_path / "set"
+
+
+def test_class_folders_of_tables(folder):
+    train = load(folder).train
+    assert train.spec.kind == "series" and train.spec.shape == (2, 3) and train.spec.classes == ("run", "walk")
+    assert train.ids == ["run/c.csv", "walk/a.csv", "walk/b.csv"] and train.y.tolist() == [0, 1, 1]
+    assert train.x[1].tolist() == [[1, 2, 3], [10, 20, 30]] and train.x[2].tolist() == [[4, 5, 0], [40, 50, 0]]
+    assert train.lengths.tolist() == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "channels", "values"),
+    [
+        ("comma.csv", "x,y\n1,10\n2,20\n", ("x", "y"), [[1, 2], [10, 20]]),
+        ("no_header.csv", "1,10\n2,20\n", ("0", "1"), [[1, 2], [10, 20]]),
+        ("tabs.tsv", "x\ty\n1\t10\n2\t20\n", ("x", "y"), [[1, 2], [10, 20]]),
+        ("blanks.txt", "1   10\n 2 20\n", ("0", "1"), [[1, 2], [10, 20]]),
+        ("semicolons.csv", "x;y\n1,5;10\n2;20,25\n", ("x", "y"), [[1.5, 2], [10, 20.25]]),
+        ("quotes.csv", '"x","y"\r\n"1","10"\r\n\r\n"2","20"\r\n', ("x", "y"), [[1, 2], [10, 20]]),
+        ("a_column.txt", "1\n2\n3\n", ("0",), [[1, 2, 3]]),
+        ("a_line.csv", "1,2,3\n", ("0",), [[1, 2, 3]]),
+        ("time.csv", GYRO, ("x", "y"), [[1, 2, 3], [10, 20, 30]]),
+        ("dates.csv", "Timestamp,x\n2026-01-01 00:00,1\n2026-01-01 00:01,2\n", ("x",), [[1, 2]]),
+        ("pandas.csv", ",x,y\n0,1,10\n1,2,20\n", ("x", "y"), [[1, 2], [10, 20]]),
+        ("pandas_unnamed.csv", ",0,1\n0,1,10\n1,2,20\n", ("0", "1"), [[1, 2], [10, 20]]),
+        ("mark_of_order.csv", "\ufeffx,y\n1,10\n2,20\n", ("x", "y"), [[1, 2], [10, 20]]),
+    ],
+)
+def test_texts(tmp_path, name, text, channels, values):
+    found = read_recording(write(tmp_path / name, text))
+    assert found.channels == channels and found.values.tolist() == values and found.values.dtype == np.float32
+
+
+def test_arrays(tmp_path):
+    for k, label in enumerate(("a", "b")):
+        (tmp_path / label).mkdir()
+        np.save(tmp_path / label / "one.npy", np.arange(8).reshape(2, 4) + k)
+    train = load(tmp_path).train
+    assert train.x[1].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and train.lengths is None
+    np.save(tmp_path / "a" / "one.npy", np.arange(4.0))
+    np.save(tmp_path / "b" / "one.npy", np.arange(4.0))
+    assert load(tmp_path).train.spec.shape == (1, 4)
+
+
+def test_what_is_no_channel_is_told(folder):
+    for path in folder.rglob("*.csv"):
+        path.write_text(GYRO)
+    with pytest.warns(LeftOut, match="columns called time are not read: they are no channels"):
+        splits = load(folder)
+    assert splits.train.spec.shape == (2, 3) and "time" in splits.notes[0]
+
+
+def test_splits_and_manifests_give_the_same_set(folder, tmp_path):
+    for part in ("train", "test"):
+        for path in sorted(folder.rglob("*.csv")):
+            write(tmp_path / "both" / part / path.relative_to(folder), path.read_text())
+    both = load(tmp_path / "both")
+    assert both.test is not None and torch.equal(both.train.x, both.test.x)
+    assert torch.equal(load(folder, test=folder).test.x, both.test.x)
+    listed = [f"{part}/{path.relative_to(folder)},{path.parent.name},{part}" for part in ("train", "test")
+              for path in sorted(folder.rglob("*.csv"))]  # fmt: skip
+    manifest = write(tmp_path / "both" / "list.csv", "\n".join(["path,label,split", *listed]) + "\n")
+    assert load(manifest).train.fingerprint() == both.train.fingerprint()
+
+
+def test_gaps_name_the_file(folder):
+    (folder / "walk" / "b.csv").write_text("x,y\n4,40\n,50\nNA,?\n7,80\n")
+    with pytest.raises(InputError, match=r"sample 'walk/b.csv' holds missing values.*--missing"):
+        load(folder)
+    assert load(folder, missing="interpolate").train.x[2].tolist() == [[4, 5, 6, 7], [40, 50, 65, 80]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "gist"),
+    [
+        ("b.csv", "x,y\n1,2\n3\n", "line 3 has another number of values .1. than the first .2."),
+        ("b.csv", "x,y\n1,2\n3,high\n", "line 3: 'high' is no number"),
+        ("b.csv", "x,z\n1,2\n", "it has the channels x, z, where run/c.csv has x, y"),
+        ("b.csv", "", "it holds no values"),
+        ("b.csv", "x,y\n", "it holds no values"),
+        ("b.csv", "time,date\n1,2\n", r"none of its columns \(time, date\) is a channel"),
+        ("b.csv", "x,y\n1,2\0\n", "line"),
+        ("b.npy", "no array", "magic string"),
+        ("b.doc", "1,2", "not a recording by its name"),
+        ("b.csv", "x,y\n1,2\n" + '"' + "1" * 200_000, "field larger than field limit"),
+    ],
+)
+def test_bad_files_are_counted_or_left_out(folder, name, text, gist):
+    (folder / "walk" / "b.csv").unlink()
+    write(folder / "walk" / name, text)
+    with pytest.raises(InputError, match=rf"1 of 3 files in .* cannot be read as recordings \(walk/{name}: .*{gist}"):
+        load(folder)
+    with pytest.warns(LeftOut, match="they are left out"):
+        assert load(folder, skip_unreadable=True).train.ids == ["run/c.csv", "walk/a.csv"]
+
+
+def test_what_cannot_be_asked_of_them(folder):
+    with pytest.raises(InputError, match="holds series; image_size is for images"):
+        load(folder, image_size=8)
+    with pytest.raises(InputError, match=r"can be memory-mapped from an \.npz file only"):
+        load(folder, memory_map=True)
+    (folder / "walk" / "picture.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"4 of 4 files .* cannot be read as images"):
+        load(folder)
+
+
+def test_all_unreadable(folder):
+    for path in folder.rglob("*.csv"):
+        path.write_text("x\nhigh\n")
+    with pytest.raises(InputError, match="holds no recording that can be read"):
+        load(folder, skip_unreadable=True)
+
+
+def test_infinite_values_name_the_file(folder):
+    (folder / "walk" / "b.csv").write_text("x,y\n1e300,2\n3,4\n")
+    with pytest.raises(InputError, match=r"sample 'walk/b.csv' holds infinite values, or values too large"):
+        load(folder)
+
+
+def test_samples_without_labels(folder):
+    spec = load(folder).train.spec
+    one, names = load_samples(folder / "walk" / "b.csv", spec)
+    assert names is None and list(one.ids) == ["b.csv"] and one.x[0].tolist() == [[4, 5], [40, 50]]
+    flat, names = load_samples(folder / "walk", spec)
+    assert names is None and flat.lengths.tolist() == [3, 2] and list(flat.ids) == ["a.csv", "b.csv"]
+    labeled, names = load_samples(folder, spec)
+    assert names == ["run", "walk", "walk"] and len(labeled) == 3
+    with pytest.raises(InputError, match="the samples have 1 channels, but the model takes 2"):
+        load_samples(write(folder.parent / "one.txt", "1\n2\n"), spec)
