@@ -99,7 +99,7 @@ class Court:
         """The given labels, but for those in the mask other classes in turn."""
         return torch.where(mask, (self.given + 1 + torch.arange(40) % 3) % 4, self.given)
 
-    def hear(self, answers: Tensor, confidence: float = 0.99, epoch: int = 1, second: int | None = None) -> None:
+    def hear(self, answers: Tensor, confidence: float = 0.99, epoch: int = 1, second: int | None = 2) -> None:
         """What the model is made to say of every sample; what is left goes to the class `second`, or to all others."""
         said = torch.full((40, 4), (1 - confidence) / 3, dtype=torch.float64)
         if second is not None:
@@ -235,7 +235,7 @@ def test_of_a_class_not_attacked_the_most_suspicious_learn_no_label_that_the_mod
     monkeypatch.setattr(judgement, "FEW", few)
     court = Court(acquittal=1.0)
     denied = (court.given == 1) & (court.place >= 6)  # the most suspicious fifth are 8 and 9
-    court.hear(court.elsewhere(denied), confidence)
+    court.hear(court.elsewhere(denied), confidence, second=None)
     assert not any(f["attacked"] for f in court.judgement.findings)
     out = (court.hearing.labels == OUT).nonzero().flatten().tolist()
     assert out == ((denied & (court.place >= 8)).nonzero().flatten().tolist() if left else [])
@@ -331,10 +331,12 @@ def test_a_group_that_is_alike_and_denied_for_certain_is_poison_of_one_class(
         (0.21, 0.2, 4, True),
         (0.21, 0.2, 5, False),
         (0.5, 0.5, 5, False),
-        (0.51, 0.2, 5, True),
+        (0.51, 0.5, 5, True),
+        (0.51, 0.2, 5, False),
+        (0.51, 0.2, 4, True),
     ],
 )
-def test_a_group_that_was_not_learned_early_has_to_be_nearer_to_all_others_and_not_small(
+def test_a_group_is_early_or_nearer_to_all_others_and_a_small_one_both(
     early: float, rare: float, few: int, attacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The `kin` of the four is more than 0.2 and less than 0.5, as in the next test."""
@@ -409,8 +411,9 @@ def test_samples_that_all_look_like_one_class_accuse_nobody() -> None:
 
 
 @pytest.mark.parametrize(("limit", "attacked"), [(1 - 10 / 30, False), (0.67, True)])
-def test_what_is_alike_enough_to_be_a_rare_kind(limit: float, attacked: bool) -> None:
+def test_what_is_alike_enough_to_be_a_rare_kind(limit: float, attacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All five look like class 2, which is 10 of the 30 samples of other classes: 2/3 off the mix, that or more."""
+    monkeypatch.setattr(judgement, "FEW", 5)
     court = Court(alike=limit)
     court.hear(torch.where((court.given == 1) & (court.place >= 5), 2, court.given))
     assert court.judgement.findings[1]["attacked"] == attacked
@@ -423,6 +426,17 @@ def test_what_a_single_sample_is_taken_for_is_one_kind() -> None:
     assert [court.judgement.findings[label]["alike"] for label in (0, 2, 3)] == [0.0] * 3, (
         "nothing was taken for others"
     )
+
+
+@pytest.mark.parametrize(("few", "second", "attacked"), [(6, 2, True), (6, None, False), (5, None, True)])
+def test_a_few_are_not_to_be_taken_for_what_their_class_is_taken_for(
+    few: int, second: int | None, attacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five that are early, as poison is, and taken for all others in turn; the rest for one class, or for all, too."""
+    monkeypatch.setattr(judgement, "FEW", few)
+    court = Court()
+    court.hear(court.elsewhere((court.given == 1) & (court.place >= 5)), second=second)
+    assert court.judgement.findings[1]["count"] == 5 and court.judgement.findings[1]["attacked"] == attacked
 
 
 def test_fewer_than_mistakes_explain_accuse_nobody() -> None:
@@ -503,7 +517,7 @@ def test_who_was_kept_back_and_given_back_is_kept_for_the_judge() -> None:
     court = Court()
     planted = (court.given == 1) & (court.place >= 8)  # their class, 1, becomes attacked; 6 and 7 of it stay
     answers = court.elsewhere(planted | ((court.given == 1) & (court.place == 5)))
-    court.hear(answers)
+    court.hear(answers, second=0)
     first, second = court.hearing.partitions
     late, out = court.place >= 5, court.hearing.labels == OUT
     assert not out.any() and (first.epoch, second.epoch) == (0, 1)

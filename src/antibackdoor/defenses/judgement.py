@@ -21,8 +21,8 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 RARE = 0.5
-"""The limit of `kin` for a group that is `late`. Rare kinds and the hardest of a class lie there, and are taken for
-only some of what the rest of their class is taken for."""
+"""The limit of `kin` for a group that is `late`, and for less than `FEW`. Rare kinds and the hardest of a class lie
+there, and are taken for only some of what the rest of their class is taken for."""
 
 LITTLE = 0.05
 """Share of a class that is left out without a verdict, if it is denied as poison is: clean samples may be, where they
@@ -68,7 +68,7 @@ class Judgement:
         groups = self._denied_together(own, probabilities)
         against = (answers != self.given) & (confidence >= self.options.confidence) & ~self.trusted
         findings = [
-            self._finding(label, ~self.trusted & (self.given == label), answers, against, epoch)
+            self._finding(label, ~self.trusted & (self.given == label), probabilities, against, epoch)
             for label in self.classes
         ]
         # What was found once stays: later the model would only repeat what it was taught since.
@@ -120,9 +120,9 @@ class Judgement:
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
         denial is seen in that of many. Odd but clean samples form groups too, but not early ones: these look `alike`,
         or are taken for what the rest of their class is taken for (by `kin`, or only by half, `RARE`, where they are
-        the last of all to be learned), and less than `FEW` of them may be taken for anything: then they are left out,
-        if they are `LITTLE`, and convict nobody. Where the denial of enough is `CERTAIN`, as it is of poison from one
-        source class, nothing of this is asked.
+        the last of all to be learned). Less than `FEW` of them may be early by chance, or be taken for anything: they
+        convict only if both speak against them, and are left out, if they are `LITTLE`. Where the denial of enough is
+        `CERTAIN`, as it is of poison from one source class, nothing of this is asked.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -143,7 +143,7 @@ class Judgement:
             like_poison = alike < self.options.alike and (early > 0.5 or kin < below)
             enough = len(group) >= FEW
             certain = clear >= CERTAIN and enough
-            convicts = certain or (like_poison and (early > 0.5 or enough))
+            convicts = certain or (like_poison and (enough or (early > 0.5 and kin < RARE)))
             little = int((self.denied[rows] | inside).sum()) <= LITTLE * len(rows)  # with those left out before
             if convicts or (like_poison and little):
                 self.denied[group] = True
@@ -154,20 +154,26 @@ class Judgement:
         self.choose()
         return told
 
-    def _finding(self, label: int, asked: Tensor, answers: Tensor, against: Tensor, epoch: int) -> dict[str, Any]:
+    def _finding(self, label: int, asked: Tensor, probabilities: Tensor, against: Tensor, epoch: int) -> dict[str, Any]:
         """About one class: how many of those asked are confidently taken for others, and whether that is like poison.
 
         A clean sample that looks like another class is learned late, and known in the end, unless it is of a kind that
-        none of the trusted are; then all its kind look like the same class, while poison was gathered from all.
+        none of the trusted are; then all its kind look like the same class, while poison was gathered from all. Less
+        than `FEW` may be early by chance, and from many classes: they must not be taken for what the rest of their
+        class is taken for (`kin`, by half).
         """
         n, confident = int(asked.sum()), asked & against
         count = int(confident.sum())
         early = float(self.early[confident].median()) if count else 0.0
+        answers = probabilities.argmax(1)
         alike = self._alike(label, answers[asked & (answers != label)])
+        rest = (self.given == label) & ~confident
+        kin = self._kin(label, probabilities[confident], probabilities[rest]) if count else 0.0
         many = lower(count, n) > self.options.acquittal
         found = self.deposition.finding(label, self.given)
         stayed = many and epoch >= self.last and bool(self.large[label])
-        like_poison = (early > 0.5 or stayed) and alike < self.options.alike
+        sooner = early > 0.5 and (count >= FEW or kin < RARE)
+        like_poison = (sooner or stayed) and alike < self.options.alike
         heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike}
         return {**found, **heard, "attacked": found["attacked"] or (many and like_poison)}
 

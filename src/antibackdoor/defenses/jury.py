@@ -65,12 +65,12 @@ class Jury(Defense):
        neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by mistake, are
        found in their company. Odd but clean samples of a kind that is not among the trusted are denied together, too;
        but these are `alike`, all taken for one class, where poison comes from everywhere, or not learned in the easier
-       half of the set and few, or `kin`, taken rather for what the rest of their class is taken for (where they are
-       `late`, the last of all to be learned, half that near is enough). Where it is certain of many, what they are
-       taken for does not matter: so poison of one source class is found. Single samples count where groups are too
-       small to be seen: if the model confidently takes more than `acquittal` of a class for others (lower end of the
-       Wilson interval), not alike, and these were learned in the easier half of the whole set, or are still there in
-       the end.
+       half of the set and `kin`, taken rather for what the rest of their class is taken for (where they are `late`, the
+       last of all to be learned, half that near is enough); of a few, one of the two is enough. Where it is certain of
+       many, what they are taken for does not matter: so poison of one source class is found. Single samples count where
+       groups are too small to be seen: if the model confidently takes more than `acquittal` of a class for others
+       (lower end of the Wilson interval), not alike, and these were learned in the easier half of the whole set (and
+       are not kin, if they are few), or are still there in the end.
        Samples of an attacked class learn as what the model confidently takes them for, unless they are `alike` and may
        be of their class (clean-label); those it agrees with get their label back, but for the group, those set apart
        beyond doubt or, where nobody is, the `excluded` share with the most suspicion. In a class that was not attacked
