@@ -94,15 +94,16 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     """How far a class is on the way to being found attacked: 1 at the limit, of several ways the furthest."""
     beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("ease", "bond", "division"))
     mixed = (1 - found["alike"]) / max(1 - limits["alike"], 1e-9)
+    early, kin = found["early"] / 0.5, found["below"] / max(found["kin"], 1e-9)
     heard = together = 0.0
     if found["together"]:
-        early = found["early"] / 0.5
-        kin = found["below"] / max(found["kin"], 1e-9)
         denied: float = found["denial"] / max(limits["denial"], 1e-9)
-        together = denied if found["certain"] else min(denied, max(early, kin), mixed)
+        either = min(early, kin) if found["together"] < FEW else max(early, kin)
+        together = denied if found["certain"] else min(denied, either, mixed)
     elif found["n"]:
         many = lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9)
-        heard = min(many, math.inf if found["stayed"] else found["early"] / 0.5, mixed)
+        sooner = min(early, kin) if found["count"] < FEW else early
+        heard = min(many, math.inf if found["stayed"] else sooner, mixed)
     return max(beyond_doubt, together, heard)
 
 
@@ -129,28 +130,31 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
         f"They look like {mixed} (what they are taken for is {found['alike']:.0%} off the mix of all other classes; "
         f"{limits['alike']:.0%} or more is one kind)."
     )
+    nearer = "nearer" if found["kin"] < found["below"] else "not much nearer"
+    kin = (
+        f"What they are taken for is {nearer} to that mix than to what the rest of {name!r} is taken for "
+        f"({found['kin']:.2f} of that distance; {found['below']:.2f} or more is of its class)."
+    )
     if found["together"]:
         like_poison = found["alike"] < limits["alike"] and (found["early"] > 0.5 or found["kin"] < found["below"])
+        early = (
+            "They were learned early, as poison is "
+            f"(half of them earlier than {found['early']:.0%} of all samples; more than 50% is early)."
+        )
         if not like_poison:
-            why = (
+            why = [
                 "That would be said of clean samples, too, but the model leaves next to no doubt about all of these "
                 f"(clarity {found['denial']:.1f}; from {limits['certain']:.1f} on they are poison, or mislabeled)."
-            )
-        elif found["early"] > 0.5:
-            why = (
-                "They were learned early, as poison is "
-                f"(half of them earlier than {found['early']:.0%} of all samples; more than 50% is early)."
-            )
+            ]
+        elif found["together"] < FEW:
+            why = [early, kin]
         else:
-            why = (
-                f"What they are taken for is nearer to that mix than to what the rest of {name!r} is taken for "
-                f"({found['kin']:.2f} of that distance; {found['below']:.2f} or more is of its class)."
-            )
+            why = [early if found["early"] > 0.5 else kin]
         told += [
             f"A model that learned from trusted samples denies the label {name!r} to a group of samples that lie "
             f"together ({found['together']}), and not to the others of the class.",
             look,
-            why,
+            *why,
         ]
     elif found["n"]:
         counts = f"({found['count']} of the {found['n']} that it was not shown)"
@@ -173,6 +177,7 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 f"They were learned {when} (half of them earlier than {found['early']:.0%} of all samples; more than "
                 "50% is early).",
                 look,
+                *([kin] if found["count"] < FEW and found["early"] > 0.5 else []),
             ]
     return told or ["No class falls into two: not when it is learned, not mixed, not for models that never saw it."]
 

@@ -569,12 +569,17 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert "late, as odd but clean" in clean[1] and "one class, as a rare kind does" in clean[2]
     stayed = told_of("x", calm | {"count": 20, "early": 0.4, "stayed": True, "alike": 0.2}, limits)
     assert "late, and are not what they are labeled in the end either" in stayed[1] and "40%" in stayed[1]
-    group = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.3, "alike": 0.2}, limits)
-    assert len(group) == 3 and "denies the label 'x' to a group" in group[0] and "(9)" in group[0]
+    singles = told_of("x", calm | {"count": 19, "early": 0.6, "alike": 0.2, "kin": 0.8, "below": 0.5}, limits)
+    assert len(singles) == len(many) + 1
+    assert "not much nearer to that mix than to what the rest of 'x' is taken for (0.80 of that" in singles[3]
+    group = told_of("x", calm | {"count": 20, "together": 20, "denial": 2.0, "early": 0.3, "alike": 0.2}, limits)
+    assert len(group) == 3 and "denies the label 'x' to a group" in group[0] and "(20)" in group[0]
     assert "many classes" in group[1]
     assert "nearer to that mix than to what the rest of 'x' is taken for (0.40 of that distance; 0.67" in group[2]
-    early = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.6, "alike": 0.2}, limits)
+    early = told_of("x", calm | {"count": 20, "together": 20, "denial": 2.0, "early": 0.6, "alike": 0.2}, limits)
     assert len(early) == 3 and early[2].startswith("They were learned early, as poison is (") and "60%" in early[2]
+    small = told_of("x", calm | {"count": 20, "together": 9, "denial": 2.0, "early": 0.6, "alike": 0.2}, limits)
+    assert small[:3] == [early[0].replace("20", "9"), *early[1:]] and small[3] == group[2], "few have to be both"
     sure = told_of("x", calm | {"together": 30, "denial": 12.0, "certain": True}, limits)
     assert len(sure) == 3 and "one class, as a rare kind does" in sure[1]
     assert "next to no doubt" in sure[2] and "(clarity 12.0; from 8.0 on" in sure[2]

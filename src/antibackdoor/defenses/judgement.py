@@ -139,11 +139,11 @@ class Judgement:
             early = float(self.early[group].median())
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
-            below = self.options.kin if early > self.options.late else RARE
-            like_poison = alike < self.options.alike and (early > 0.5 or kin < below)
             enough = len(group) >= FEW
+            below = self.options.kin if early > self.options.late and enough else RARE
+            like_poison = alike < self.options.alike and (early > 0.5 or kin < below)
             certain = clear >= CERTAIN and enough
-            convicts = certain or (like_poison and (enough or (early > 0.5 and kin < RARE)))
+            convicts = certain or (like_poison and (enough or (early > 0.5 and kin < below)))
             little = int((self.denied[rows] | inside).sum()) <= LITTLE * len(rows)  # with those left out before
             if convicts or (like_poison and little):
                 self.denied[group] = True
@@ -174,7 +174,7 @@ class Judgement:
         stayed = many and epoch >= self.last and bool(self.large[label])
         sooner = early > 0.5 and (count >= FEW or kin < RARE)
         like_poison = (sooner or stayed) and alike < self.options.alike
-        heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike}
+        heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike, "kin": kin, "below": RARE}
         return {**found, **heard, "attacked": found["attacked"] or (many and like_poison)}
 
     def _alike(self, label: int, answers: Tensor) -> float:
