@@ -21,8 +21,9 @@ OUT = -1
 """The label of a sample that nothing learns from at present."""
 
 RARE = 0.5
-"""The limit of `kin` for a group that is `late`, and for less than `FEW`. Rare kinds and the hardest of a class lie
-there, and are taken for only some of what the rest of their class is taken for."""
+"""The limit of `kin` for less than `FEW`, and for a group that is `late` and as `alike` as may be. Rare kinds and the
+hardest of a class lie there, and are taken for only some of what the rest of their class is taken for; the less alike
+they are, the higher is the limit."""
 
 LITTLE = 0.05
 """Share of a class that is left out without a verdict, if it is denied as poison is: clean samples may be, where they
@@ -120,9 +121,10 @@ class Judgement:
         or was taught, is found in the company it keeps; poison of a few samples keeps the company of few, and a faint
         denial is seen in that of many. Odd but clean samples form groups too, but not early ones: these look `alike`,
         or are taken for what the rest of their class is taken for (by `kin`, or only by half, `RARE`, where they are
-        the last of all to be learned). Less than `FEW` of them may be early by chance, or be taken for anything: they
-        convict only if both speak against them, and are left out, if they are `LITTLE`. Where the denial of enough is
-        `CERTAIN`, as it is of poison from one source class, nothing of this is asked.
+        the last of all to be learned and not taken for all others evenly). Less than `FEW` of them may be early by
+        chance, or be taken for anything: they convict only if both speak against them, and are left out, if they are
+        `LITTLE`. Where the denial of enough is `CERTAIN`, as it is of poison from one source class, nothing of this is
+        asked.
         """
         told: list[dict[str, Any]] = [{} for _ in self.classes]
         answers = probabilities.argmax(1)
@@ -140,7 +142,7 @@ class Judgement:
             alike = self._alike(label, answers[group][answers[group] != label])
             kin = self._kin(label, probabilities[group], probabilities[rest])
             enough = len(group) >= FEW
-            below = self.options.kin if early > self.options.late and enough else RARE
+            below = self._limit_of_kin(early, alike) if enough else RARE
             like_poison = alike < self.options.alike and (early > 0.5 or kin < below)
             certain = clear >= CERTAIN and enough
             convicts = certain or (like_poison and (enough or (early > 0.5 and kin < below)))
@@ -189,6 +191,12 @@ class Judgement:
         """
         taken, own = (part.sum(0).index_fill(0, torch.tensor([label]), 0) for part in (group, rest))
         return distance(taken, self._others(label)) / max(distance(taken, own), 1e-9)
+
+    def _limit_of_kin(self, early: float, alike: float) -> float:
+        """From which `kin` on a group counts as clean; of a late one `RARE`, and more where it is less `alike`."""
+        if early > self.options.late:
+            return self.options.kin
+        return RARE * self.options.alike / max(alike, 0.05)
 
     def _others(self, label: int) -> Tensor:
         """How many samples each other class has, `(K,)`."""

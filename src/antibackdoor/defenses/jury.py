@@ -66,7 +66,8 @@ class Jury(Defense):
        found in their company. Odd but clean samples of a kind that is not among the trusted are denied together, too;
        but these are `alike`, all taken for one class, where poison comes from everywhere, or not learned in the easier
        half of the set and `kin`, taken rather for what the rest of their class is taken for (where they are `late`, the
-       last of all to be learned, half that near is enough); of a few, one of the two is enough. Where it is certain of
+       last of all to be learned, half that near is enough, unless they are taken for all others evenly); of a few, one
+       of the two is enough. Where it is certain of
        many, what they are taken for does not matter: so poison of one source class is found. Single samples count where
        groups are too small to be seen: if the model confidently takes more than `acquittal` of a class for others
        (lower end of the Wilson interval), not alike, and these were learned in the easier half of the whole set (and
@@ -79,7 +80,7 @@ class Jury(Defense):
        left out for good.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
-    and a group of less than 20 that is not learned early.
+    and a group of less than 20 that is not learned early, or is kin.
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class
     where it is little. Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless
     mixtures are `sure` or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main
