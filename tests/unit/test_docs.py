@@ -40,6 +40,23 @@ def test_the_readme_counts_what_the_default_stops() -> None:
     assert f"It stopped {sum(value <= 5 for value in excess)} of these" in text
 
 
+def test_the_readme_sets_the_default_beside_its_rivals() -> None:
+    """Mean attack success rates on ECG5000 of E2ABL's Table I, in the order that the sentence has them."""
+    lines = (ROOT / "docs" / "reproduction" / "e2abl.md").read_text(encoding="utf-8").splitlines()
+    columns = ["none", "fine_pruning", "nad", "abl", "e2abl", "e2abl:paper", "jury"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for attack, sentence in (
+        ("timetrojan_de", "{jury} % with the default, {nad} % with NAD, {e2abl} % with E2ABL, {abl} % with ABL and"),
+        ("tsba", "under TSBA it is {jury} %, {nad} %, {e2abl} %, {abl} % and {fine_pruning} %"),
+    ):
+        row = next(line for line in lines if line.startswith(f"| ecg5000 | {attack} |") and "×" in line)
+        cells = [cell.strip() for cell in row.split("|")[3:-1]]
+        rates = dict(zip(columns, cells[0::2], strict=False))
+        assert all("×3" in rates[name] for name in columns)
+        means = {name.partition(":")[0]: rate.split()[0] for name, rate in rates.items() if name != "e2abl:paper"}
+        assert sentence.format(**means) in text
+
+
 def test_the_readme_has_the_means_of_the_ledger() -> None:
     """Its table of CIFAR-10: clean accuracy, attack success rate, recovery accuracy, how many seeds if not one."""
     lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
