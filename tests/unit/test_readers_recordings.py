@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from antibackdoor import limits
+from antibackdoor.data import recordings
 from antibackdoor.data.load import load, load_samples
 from antibackdoor.data.recordings import read_recording
 from antibackdoor.errors import InputError, LeftOut
@@ -100,7 +102,7 @@ def test_gaps_name_the_file(folder):
     [
         ("b.csv", "x,y\n1,2\n3\n", "line 3 has another number of values .1. than the first .2."),
         ("b.csv", "x,y\n1,2\n3,high\n", "line 3: 'high' is no number"),
-        ("b.csv", "x,z\n1,2\n", "it has the channels x, z, where run/c.csv has x, y"),
+        ("b.csv", "x,z\n1,2\n", "it has the channels x, z, where others have x, y"),
         ("b.csv", "", "it holds no values"),
         ("b.csv", "x,y\n", "it holds no values"),
         ("b.csv", "time,date\n1,2\n", r"none of its columns \(time, date\) is a channel"),
@@ -117,6 +119,18 @@ def test_bad_files_are_counted_or_left_out(folder, name, text, gist):
         load(folder)
     with pytest.warns(LeftOut, match="they are left out"):
         assert load(folder, skip_unreadable=True).train.ids == ["run/c.csv", "walk/a.csv"]
+
+
+def test_the_channels_of_most_count(folder):
+    """Also where the first file is the odd one."""
+    (folder / "run" / "c.csv").write_text("a,b\n1,2\n")
+    write(folder / "run" / "d.csv", "x,y\n5,6\n7,8\n")
+    with pytest.raises(
+        InputError, match=r"1 of 4 files .*run/c\.csv: it has the channels a, b, where others"
+    ):
+        load(folder)
+    with pytest.warns(LeftOut):
+        assert load(folder, skip_unreadable=True).train.ids == ["run/d.csv", "walk/a.csv", "walk/b.csv"]
 
 
 def test_what_cannot_be_asked_of_them(folder):
@@ -152,3 +166,29 @@ def test_samples_without_labels(folder):
     assert names == ["run", "walk", "walk"] and len(labeled) == 3
     with pytest.raises(InputError, match="the samples have 1 channels, but the model takes 2"):
         load_samples(write(folder.parent / "one.txt", "1\n2\n"), spec)
+
+
+def test_limits_of_a_line_and_of_channels(folder, monkeypatch):
+    (folder / "walk" / "b.csv").write_text("x,y\n1," + "2" * 100 + "\n")
+    monkeypatch.setattr(recordings, "MAX_LINE", 50)
+    with pytest.raises(InputError, match="a line has more than 50 characters"):
+        load(folder)
+    monkeypatch.setattr(recordings, "MAX_CHANNELS", 1)
+    with pytest.raises(InputError, match=r"3 of 3 files .*it has 2 channels, more than 1"):
+        load(folder)
+
+
+def test_links_lead_nowhere_else(folder, tmp_path):
+    secret = write(tmp_path / "secret.csv", "x,y\n1,2\n3,4\n")
+    (folder / "walk" / "link.csv").symlink_to(secret)
+    with pytest.raises(InputError, match=r"link\.csv is a link out of the data set"):
+        load(folder)
+    manifest = write(folder / "list.csv", "path,label\nwalk/link.csv,walk\nrun/c.csv,run\n")
+    with pytest.raises(InputError, match="leads out of"):
+        load(manifest)
+
+
+def test_more_than_the_memory_holds_is_refused_unread(folder, monkeypatch):
+    monkeypatch.setattr(limits, "memory", lambda: 40)
+    with pytest.raises(InputError, match=r"^\S*set would take .* GiB of memory"):
+        load(folder, skip_unreadable=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def load_recordings(
 ) -> Splits:
     """The training set and, if there are two lists, the test set; padded to the longest recording of both.
 
-    Raises InputError for files that are no recordings, or have other channels than the first one (all counted, the
+    Raises InputError for files that are no recordings, or have other channels than most (all counted, the
     first five named), unless `skip_unreadable`, and for gaps as `from_cases` does.
     """
     read, kept = _read(lists, where, skip_unreadable)
@@ -151,27 +152,29 @@ def load_unlabeled(
 
 def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list[Floats]], list[list[int]]]:
     """The recordings of each list, and their row numbers in it."""
-    first: tuple[str, Recording] | None = None
-    read, kept = [list[Floats]() for _ in lists], [list[int]() for _ in lists]
-    bad, left_out, there = list[str](), set[str](), 0
-    for files, cases, rows in zip(lists, read, kept, strict=True):
+    found, bad, there = list[tuple[int, int, Recording]](), list[str](), 0
+    for part, files in enumerate(lists):
         for row, name in enumerate(files.ids):
             try:
-                path = files.readable(row, EXTENSIONS, "a recording")
-                there += path.stat().st_size
-                refuse_beyond_memory(where, 4 * there)  # a value takes two bytes of text at least, and eight here
-                found = read_recording(path)
-                first = first or (name, found)
-                if found.channels != first[1].channels:
-                    raise ValueError(f"it has the channels {_few(found)}, where {first[0]} has {_few(first[1])}")
+                one = read_recording(files.readable(row, EXTENSIONS, "a recording"))
             except FileNotFoundError:
                 bad.append(f"{name}: no such file")
             except (OSError, ValueError, csv.Error) as error:
                 bad.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200].rstrip('.')}")
             else:
-                left_out.update(found.left_out)
-                cases.append(found.values)
-                rows.append(row)
+                found.append((part, row, one))
+                there += one.values.nbytes
+                refuse_beyond_memory(where, there)
+    channels = Counter(one.channels for _, _, one in found)
+    usual = max(channels, key=lambda names: channels[names], default=())
+    read, kept = [list[Floats]() for _ in lists], [list[int]() for _ in lists]
+    for part, row, one in found:
+        if one.channels == usual:
+            read[part].append(one.values)
+            kept[part].append(row)
+        else:
+            told = f"it has the channels {_few(one.channels)}, where others have {_few(usual)}"
+            bad.append(f"{lists[part].ids[row]}: {told}")
     if bad:
         listed = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
         sentence = f"{len(bad)} of {sum(len(files.ids) for files in lists)} files in {where} cannot be read as "
@@ -181,6 +184,7 @@ def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list
         warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
     if not all(kept):
         raise InputError(f"{where} holds no recording that can be read.")
+    left_out = {name for _, _, one in found for name in one.left_out}
     if left_out:
         told = ", ".join(sorted(left_out))
         warnings.warn(
@@ -189,5 +193,5 @@ def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list
     return read, kept
 
 
-def _few(found: Recording) -> str:
-    return ", ".join(found.channels[:5]) + (", ..." if len(found.channels) > 5 else "")
+def _few(channels: Sequence[str]) -> str:
+    return ", ".join(channels[:5]) + (", ..." if len(channels) > 5 else "")
