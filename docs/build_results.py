@@ -63,7 +63,8 @@ back, one network in the place of two, the place of the second head. DLP's entro
 attacks, and its unlearning removes the trigger.
 
 **Not as published.** E2ABL's ranking by loss drops after two epochs (profile `paper`) finds next to no poison in so
-few steps; ours is by persistence. It does not stop SIG and TSBA on series, nor Composite on CIFAR-10. DLP's
+few steps; ours is by persistence. It does not stop SIG on series, TSBA on two sets of three, TimeTrojan on ECG5000 with
+two seeds of three, nor Composite on CIFAR-10; Fine-Pruning and ABL stop neither TSBA nor TimeTrojan on ECG5000. DLP's
 unlearning destroys the network under TrojanNN and Label-Consistent, its fine-tuning gets nowhere near the published
 accuracy in a thousand steps (nor in 8,192), and clean-label poison (SIG) comes back through its pseudo-labels. Why, as
 far as we tested it, stands row by row under the tables.
