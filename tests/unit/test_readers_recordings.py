@@ -125,9 +125,7 @@ def test_the_channels_of_most_count(folder):
     """Also where the first file is the odd one."""
     (folder / "run" / "c.csv").write_text("a,b\n1,2\n")
     write(folder / "run" / "d.csv", "x,y\n5,6\n7,8\n")
-    with pytest.raises(
-        InputError, match=r"1 of 4 files .*run/c\.csv: it has the channels a, b, where others"
-    ):
+    with pytest.raises(InputError, match=r"1 of 4 files .*run/c\.csv: it has the channels a, b, where others"):
         load(folder)
     with pytest.warns(LeftOut):
         assert load(folder, skip_unreadable=True).train.ids == ["run/d.csv", "walk/a.csv", "walk/b.csv"]
