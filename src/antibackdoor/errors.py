@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 LONGEST = 2000
@@ -34,6 +35,20 @@ class InputError(ValueError):
 
 class LeftOut(UserWarning):
     """Something that lies among the data was not read. `Splits.notes` has the sentence, too; commands print it."""
+
+
+def leave_out(bad: Sequence[str], total: int, what: str, *, skip: bool) -> None:
+    """Refuse what cannot be read, `bad` (names and reasons) of `total`, or say that it is left out (`skip`).
+
+    what: how the sentence goes on after their number. All are counted, five are named.
+    """
+    if not bad:
+        return
+    listed = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
+    sentence = f"{len(bad)} of {total} {what} ({listed})"
+    if not skip:
+        raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
+    warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=5)
 
 
 def require(sentence: str, *packages: str) -> None:

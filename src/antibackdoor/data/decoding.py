@@ -24,7 +24,7 @@ from torch import Tensor
 
 from antibackdoor.data.core import Data, Rows, Spec, Splits, taken
 from antibackdoor.data.packed import Block, Pack, rows_in_block
-from antibackdoor.errors import InputError, LeftOut, visible
+from antibackdoor.errors import InputError, leave_out
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".pgm", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "PPM", "BMP")
@@ -89,13 +89,8 @@ def read_images(
         read, bad = [x for x, _ in decoded], [found for _, found in decoded]
         pack.done(size, read, bad)
     reasons = [f"{split.ids[row]}: {found[row]}" for split, found in zip(splits, bad, strict=True) for row in found]
-    if reasons:
-        listed = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-        total = sum(len(split.ids) for split in splits)
-        sentence = f"{len(reasons)} of {total} {splits[0].unreadable.format(where)} ({listed})"
-        if not skip_unreadable:
-            raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
+    total = sum(len(split.ids) for split in splits)
+    leave_out(reasons, total, splits[0].unreadable.format(where), skip=skip_unreadable)
     data: list[Data] = []
     for split, x, found in zip(splits, read, bad, strict=True):
         keep = [row for row in range(len(split.ids)) if row not in found]

@@ -29,7 +29,7 @@ from antibackdoor.data.recordings import EXTENSIONS as RECORDINGS
 from antibackdoor.data.recordings import load_recordings
 from antibackdoor.data.recordings import load_unlabeled as load_unlabeled_recordings
 from antibackdoor.data.series import EXTENSIONS as SERIES
-from antibackdoor.data.series import Missing, load_series
+from antibackdoor.data.series import Missing, load_series, refuse_image_options
 from antibackdoor.data.shards import EXTENSION as SHARD
 from antibackdoor.data.shards import is_shard_folder, load_shards
 from antibackdoor.errors import InputError, LeftOut, unknown
@@ -55,7 +55,7 @@ def load(
         of Hugging Face's `save_to_disk`, WebDataset `.tar` shards, a folder that `antibackdoor poison` wrote, a name of
         the catalog, or a torch `Dataset`.
     test: a test set of the same format; it goes before a test set that `source` brings along.
-    image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged image files out.
+    image_size: side in pixels that image files are resized to. skip_unreadable: leave damaged files out.
     missing: what to do with gaps inside of series: refuse, interpolate or zero.
     memory_map: read images, or an `.npz`, from disk as needed, out of a copy made once in $ANTIBACKDOOR_CACHE (else
         ~/.cache/antibackdoor); the same results as in memory. None: where they would fill a quarter of the memory.
@@ -155,10 +155,7 @@ def _load(
     lists = in_manifest(path, held) if kind == "manifest" else in_folder(path, held)
     if _of_images(lists):
         return load_images(lists, path, image_size=image_size, skip_unreadable=skip_unreadable, memory_map=memory_map)
-    if memory_map:
-        raise InputError(f"{path} holds series, which can be memory-mapped from an .npz file only.")
-    if image_size is not None:
-        raise InputError(f"{path} holds series; image_size is for images.")
+    refuse_image_options(path, image_size, memory_map)
     return load_recordings(lists, path, missing=missing, skip_unreadable=skip_unreadable)
 
 

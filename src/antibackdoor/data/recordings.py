@@ -19,7 +19,7 @@ from antibackdoor.data.core import Splits
 from antibackdoor.data.file_lists import FileList
 from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Floats, Missing, from_cases
-from antibackdoor.errors import InputError, LeftOut, visible
+from antibackdoor.errors import InputError, LeftOut, leave_out, visible
 from antibackdoor.limits import MAX_CHANNELS, MAX_LINE, refuse_beyond_memory
 
 EXTENSIONS = (".csv", ".tsv", ".txt", ".npy")
@@ -44,8 +44,8 @@ class Recording:
 def read_recording(path: Path) -> Recording:
     """A `.npy` of `(length,)` or `(channels, length)`, or a text: a line a time step, a column a channel.
 
-    Columns are separated by tabs, semicolons, commas or blanks, whichever of these comes first in the first line. A
-    first line that is not all numbers names them, and those in `NO_CHANNEL` are left out. One line of numbers alone is
+    Columns are separated by tabs, semicolons, commas or blanks: the first of these that the first line holds. A first
+    line that is not all numbers names them, and those in `NO_CHANNEL` are left out. One line of numbers alone is
     one channel. Raises ValueError, and OSError, that say what is wrong.
     """
     with np.errstate(over="ignore"):  # infinite values are refused with all that is refused in series
@@ -175,13 +175,8 @@ def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list
         else:
             told = f"it has the channels {_few(one.channels)}, where others have {_few(usual)}"
             bad.append(f"{lists[part].ids[row]}: {told}")
-    if bad:
-        listed = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
-        sentence = f"{len(bad)} of {sum(len(files.ids) for files in lists)} files in {where} cannot be read as "
-        sentence += f"recordings ({listed})"
-        if not skip:
-            raise InputError(f"{sentence}; mend or remove them, or leave them out with --skip-unreadable.")
-        warnings.warn(visible(f"{sentence}; they are left out."), LeftOut, stacklevel=4)
+    total = sum(len(files.ids) for files in lists)
+    leave_out(bad, total, f"files in {where} cannot be read as recordings", skip=skip)
     if not all(kept):
         raise InputError(f"{where} holds no recording that can be read.")
     left_out = {name for _, _, one in found for name in one.left_out}

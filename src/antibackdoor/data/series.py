@@ -234,6 +234,14 @@ def from_cases(
     return Splits(*data)
 
 
+def refuse_image_options(where: object, image_size: object, memory_map: bool | None) -> None:
+    """Refuse what can be asked of image files only."""
+    if memory_map:
+        raise InputError(f"{where} holds series, which can be memory-mapped from an .npz file only.")
+    if image_size is not None:
+        raise InputError(f"{where} holds series; image_size is for images.")
+
+
 def clean(
     block: Floats, lengths: Ints | None, ids: Sequence[str], missing: Missing, where: str
 ) -> tuple[npt.NDArray[np.float32], Ints]:

@@ -19,7 +19,7 @@ from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.data.decoding import Encoded, Size, Split, read_images
 from antibackdoor.data.labels import TEST_NAMES, number
-from antibackdoor.data.series import Missing, from_cases
+from antibackdoor.data.series import Missing, from_cases, refuse_image_options
 from antibackdoor.errors import InputError
 from antibackdoor.limits import inside
 
@@ -76,10 +76,7 @@ def read_container(
         raise InputError(f"{where}: one of training and test set holds images, the other series.")
     if splits[0].image:
         return read_images(splits, where, image_size, skip, memory_map)
-    if memory_map:
-        raise InputError(f"{where} holds series, which can be memory-mapped from an .npz file only.")
-    if image_size is not None:
-        raise InputError(f"{where} holds series; image_size is for images.")
+    refuse_image_options(where, image_size, memory_map)
     cases = [list(split.cases()) for split in splits]
     return series(cases, [split.ids for split in splits], [split.labels for split in splits], str(where), missing)
 
