@@ -8,6 +8,7 @@ from typing import Any
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
+from antibackdoor.defenses.deposition import clearest
 from antibackdoor.intervals import lower, upper
 from antibackdoor.threats import references
 from antibackdoor.training.groups import FEW
@@ -92,7 +93,8 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
 
 def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     """How far a class is on the way to being found attacked: 1 at the limit, of several ways the furthest."""
-    beyond_doubt: float = max(found[name] / max(limits[name], 1e-9) for name in ("ease", "bond", "division"))
+    divided = clearest(found, limits)
+    beyond_doubt: float = max(divided / limits["plain"], min(divided, (1 - found["agreed"]) / 0.5))
     mixed = (1 - found["alike"]) / max(1 - limits["alike"], 1e-9)
     early, kin = found["early"] / 0.5, found["below"] / max(found["kin"], 1e-9)
     heard = together = 0.0
@@ -124,6 +126,13 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
         told.append(
             f"Some samples labeled {name!r} look like samples of another class{apart}: models that never saw this "
             "label are sure of another for them, and not for the others of the class."
+        )
+    if found["agreed"] and clearest(found, limits) < limits["plain"]:
+        says = "denies it" if found["apart"] else "agrees with it"
+        told.append(
+            f"A model that never learned their label {says} (gives it {found['agreed']:.0%} in the mean; from 50% on "
+            "they count as a kind of their own, unless the class is divided "
+            f"{limits['plain']:.1f} times as clearly as is beyond doubt)."
         )
     mixed = "many classes, as poison does" if found["alike"] < limits["alike"] else "one class, as a rare kind does"
     look = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses import hearing, judgement, jury
 from antibackdoor.defenses.company import CERTAIN, Company
-from antibackdoor.defenses.deposition import Deposition
+from antibackdoor.defenses.deposition import PLAIN, Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.judgement import OUT
 from antibackdoor.defenses.jury import Jury
@@ -72,18 +72,19 @@ NEAR = torch.stack([torch.arange(40)[torch.arange(40) % 4 == row % 4] for row in
 """Every sample is asked about all ten of its class."""
 
 
-def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor) -> Deposition:
-    """A deposition; nobody asks the witness itself."""
-    return Deposition(cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), [[0.0] * 3] * 4)
-
-
 GIVEN = toy_images(40).y
+
+
+def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor, clear: float = 9.0) -> Deposition:
+    """A deposition; nobody asks the witness itself. Bond divides a class with samples apart, this clearly."""
+    divided = [[0.0, clear * bool(apart[label == GIVEN].any()), 0.0] for label in range(4)]
+    return Deposition(cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), divided)
 
 
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
-    def __init__(self, apart: Sequence[int] = (), **given: float):
+    def __init__(self, apart: Sequence[int] = (), clear: float = 9.0, **given: float):
         self.data = toy_images(40)
         self.given = self.data.y
         self.place = torch.stack([(self.given[:i] == self.given[i]).sum() for i in range(40)])
@@ -91,7 +92,7 @@ class Court:
         self.job = Job(self.data, model="resnet18-w4", fabric=FABRIC)
         self.ease, self.apart = self.place.double(), torch.isin(torch.arange(40), torch.tensor(apart))
         suspicion = torch.where(self.apart, 1.0, (self.place + 0.5) / 10)
-        deposition = deposed(suspicion, self.ease, self.apart)
+        deposition = deposed(suspicion, self.ease, self.apart, clear)
         self.hearing = Hearing(self.options, self.job, self.job.model(), deposition)
         self.judgement = self.hearing.judgement
 
@@ -182,6 +183,40 @@ def test_samples_set_apart_convict_their_class_and_never_learn_as_labeled() -> N
     outcome = court.hearing.outcome(court.job.model())
     assert outcome.flagged[court.apart].all() and decide(court.data, outcome).target_classes == ["class 1"]
     assert all("set apart" in outcome.reasons[row] for row in rows[:2] if outcome.suggested[row] < 0)
+
+
+@pytest.mark.parametrize(
+    ("clear", "own", "attacked"), [(PLAIN, 1.0, True), (1.4, 0.49, True), (1.4, 0.51, False), (1.0, 0.9, False)]
+)
+def test_those_set_apart_none_too_clearly_are_freed_if_the_model_agrees_with_their_label(
+    clear: float, own: float, attacked: bool
+) -> None:
+    """Clear: times the limit of `bond`. The others of the class would learn with them, were it not attacked."""
+    rows = (GIVEN == 1).nonzero().flatten().tolist()
+    court = Court(apart=rows[:2], clear=clear * Jury().bond)
+    answers = torch.where(court.apart & (own < 0.5), 2, court.given)
+    court.hear(answers, confidence=own if own > 0.5 else 1 - own, second=1)
+    found = court.judgement.findings[1]
+    assert (found["attacked"], found["apart"]) == (attacked, 2 * attacked)
+    assert found["agreed"] == pytest.approx(own) and found["bond"] == pytest.approx(clear * Jury().bond)
+    assert torch.equal(court.hearing.labels == OUT, court.apart & attacked)
+    outcome = court.hearing.outcome(court.job.model())
+    assert bool(outcome.flagged[court.apart].all()) == bool(outcome.flagged.any()) == attacked
+    verdict = decide(court.data, outcome)
+    assert verdict.poisoned == attacked and (not verdict.judged or verdict.confidence >= 0.5)
+    court.hear(torch.where(court.apart, 3, court.given), epoch=2)
+    assert found["attacked"] == court.judgement.findings[1]["attacked"], "they are asked once"
+
+
+def test_a_resumed_hearing_knows_who_was_freed(tmp_path: Path) -> None:
+    court, other = (Court(apart=[1, 5], clear=1.4 * Jury().bond) for _ in range(2))
+    court.hear(court.given)
+    save_state(tmp_path / "state", court.hearing.state())
+    other.hearing.load(load_state(tmp_path / "state"))
+    assert not other.judgement.apart.any() and other.judgement.findings == court.judgement.findings
+    for each in (court, other):
+        each.hear(each.elsewhere(each.apart), epoch=2)
+    assert torch.equal(court.hearing.labels, other.hearing.labels)
 
 
 def test_of_a_class_divided_beyond_doubt_just_those_apart_never_learn() -> None:
@@ -491,7 +526,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
         cast(Tap, None), rest, rest, NEAR, apart, rest, [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3]
     )
     nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0, "kin": 0.0}
-    nobody |= {"below": 0.0, "certain": False}
+    nobody |= {"below": 0.0, "certain": False, "agreed": 0.0}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -503,7 +538,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     limits = {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "kin": 0.67}
     assert evidence == {
         "by_class": told,
-        "limits": {**limits, "ease": 2.0, "bond": 3.0, "division": 4.0, "certain": CERTAIN},
+        "limits": {**limits, "ease": 2.0, "bond": 3.0, "division": 4.0, "certain": CERTAIN, "plain": PLAIN},
     }
 
 
@@ -541,7 +576,7 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     limits = {"ease": 3.0, "bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5}
-    limits |= {"late": 0.2, "alike": 0.5, "kin": 0.67, "certain": 8.0}
+    limits |= {"late": 0.2, "alike": 0.5, "kin": 0.67, "certain": 8.0, "plain": 1.5}
     calm = {
         "ease": 0.0,
         "bond": 0.0,
@@ -557,6 +592,7 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
         "kin": 0.4,
         "below": 0.67,
         "certain": False,
+        "agreed": 0.0,
     }
     few = told_of("x", calm, limits)
     assert (
@@ -588,6 +624,12 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert "next to no doubt" in sure[2] and "(clarity 12.0; from 8.0 on" in sure[2]
     bound = told_of("x", calm | {"ease": 3.0, "bond": 1.2, "division": 3.0, "apart": 7}, limits)
     assert len(bound) == 4 and all("(7 are set apart)" in sentence for sentence in bound[:3])
+    weak = told_of("x", calm | {"bond": 1.4, "apart": 7, "agreed": 0.07}, limits)
+    assert len(weak) == 3 and "never learned their label denies it (gives it 7% in the mean" in weak[1]
+    freed = told_of("x", calm | {"bond": 1.4, "agreed": 0.93}, limits)
+    assert "set apart" not in freed[0] and "agrees with it (gives it 93% in" in freed[1] and "1.5 times" in freed[1]
+    plain = told_of("x", calm | {"bond": 1.8, "apart": 7, "agreed": 0.93}, limits)
+    assert len(plain) == 2, "its word is not asked"
     assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3
 
 

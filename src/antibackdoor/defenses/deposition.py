@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,16 @@ from antibackdoor.training.groups import FIRM
 
 if TYPE_CHECKING:
     from antibackdoor.defenses.jury import Jury
+
+
+PLAIN = 1.5
+"""Times its limit from which on a division convicts though the model agrees with the labels of those set apart, as it
+does with those of clean-label poison, and of a clean kind of its own; such a kind divides its class less clearly."""
+
+
+def clearest(found: Mapping[str, Any], limits: Mapping[str, float]) -> float:
+    """How many times its limit the clearest division of a class is: 1 is beyond doubt."""
+    return max(float(found[name]) / max(limits[name], 1e-9) for name in ("ease", "bond", "division"))
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,15 @@ class Deposition:
         apart = int(self.apart[given == label].sum())
         told = {**dict(zip(("ease", "bond", "division"), self.clear[label], strict=True)), "apart": apart}
         heard = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False}
-        heard |= {"alike": 0.0, "kin": 0.0, "below": 0.0, "certain": False}
+        heard |= {"alike": 0.0, "kin": 0.0, "below": 0.0, "certain": False, "agreed": 0.0}
         return {**heard, **told, "attacked": apart > 0}
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
         """For the verdict: what was found about each class, and the limits beyond which it counts."""
-        names = ("acquittal", "denial", "late", "alike", "kin", "ease", "bond", "division")
-        limits = {name: getattr(options, name) for name in names}
-        return {"by_class": list(findings), "limits": {**limits, "certain": CERTAIN}}
+        return {"by_class": list(findings), "limits": limits(options)}
+
+
+def limits(options: Jury) -> dict[str, float]:
+    """The limits beyond which what is found about a class counts."""
+    names = ("acquittal", "denial", "late", "alike", "kin", "ease", "bond", "division")
+    return {**{name: getattr(options, name) for name in names}, "certain": CERTAIN, "plain": PLAIN}

@@ -110,12 +110,12 @@ class Hearing(Objective):
         logits = logits_of(model, self.job.data, self.job.fabric).double()
         probabilities, names = logits.softmax(1), self.job.data.spec.classes
         doubt = 1 - probabilities.gather(1, self.given[:, None]).squeeze(1)
-        doubt[self.deposition.apart] = 1.0
+        doubt[self.judgement.apart] = 1.0
         answers = probabilities.argmax(1)
         attacked, foreign = self.judgement.attacked[self.given], self.judgement.foreign[self.given]
         accused = (foreign & ~self.judgement.trusted) | (attacked & self.judgement.denied)
         other = accused & (answers != self.given)
-        flagged = other | self.deposition.apart
+        flagged = other | self.judgement.apart
         reasons = {
             row: f"labeled {names[self.given[row]]!r}, "
             + (

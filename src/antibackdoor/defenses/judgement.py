@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from antibackdoor.defenses.company import CERTAIN, alike, distance
-from antibackdoor.defenses.deposition import Deposition
+from antibackdoor.defenses.deposition import PLAIN, Deposition, clearest, limits
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
 from antibackdoor.training.groups import FEW, clarity, halves, shared
@@ -33,9 +33,9 @@ are few, and a class can spare as many."""
 class Judgement:
     """Who is trusted, which classes are attacked, and what label each sample gets; nothing is trained here.
 
-    trusted: `(n,)` bool, whose label is taken as given. denied: those whose label the model denied together. excluded:
-    those of an attacked class who do not get their label back by agreement. findings: one for each class. last: the
-    epoch after which nothing more is learned.
+    trusted: `(n,)` bool, whose label is taken as given. apart: whom the witnesses set apart, but for those freed.
+    denied: those whose label the model denied together. excluded: those of an attacked class who do not get their label
+    back by agreement. findings: one for each class. last: the epoch after which nothing more is learned.
     """
 
     def __init__(self, options: Jury, given: Tensor, classes: int, deposition: Deposition, last: int):
@@ -43,20 +43,20 @@ class Judgement:
         self.classes = range(classes)
         self.early = within(deposition.ease, torch.zeros_like(given))
         self.large = torch.bincount(given, minlength=classes) >= FEW
-        self.denied = torch.zeros_like(deposition.apart)
+        self.apart, self.denied = deposition.apart.clone(), torch.zeros_like(deposition.apart)
         self.findings = [deposition.finding(label, given) for label in self.classes]
         self.choose()
 
     def choose(self) -> None:
         """Whose label is trusted, and who of an attacked class does not get it back by agreement; nobody denied."""
-        suspicion, apart = self.deposition.suspicion, self.deposition.apart
+        suspicion = self.deposition.suspicion
         self.trusted = suspicion <= self.options.trusted
         for label in self.given.unique().tolist():  # of a class of one or two samples, the least suspicious one
             rows = (self.given == label).nonzero().flatten()
             self.trusted[rows[suspicion[rows].argmin()]] = True
         self.trusted &= ~self.denied
-        divided = torch.bincount(self.given, weights=apart.double(), minlength=len(self.classes)) > 0
-        most = torch.where(divided[self.given], apart, suspicion > 1 - self.options.excluded)
+        divided = torch.bincount(self.given, weights=self.apart.double(), minlength=len(self.classes)) > 0
+        most = torch.where(divided[self.given], self.apart, suspicion > 1 - self.options.excluded)
         self.excluded = most | self.denied
 
     def hear(self, probabilities: Tensor, epoch: int) -> Tensor:
@@ -66,6 +66,7 @@ class Judgement:
         """
         confidence, answers = probabilities.max(1)
         own = probabilities.gather(1, self.given[:, None]).squeeze(1)
+        self._free(own)
         groups = self._denied_together(own, probabilities)
         against = (answers != self.given) & (confidence >= self.options.confidence) & ~self.trusted
         findings = [
@@ -106,12 +107,27 @@ class Judgement:
         return heard and all(finding["apart"] for finding in self.findings if finding["attacked"])
 
     def state(self) -> Tree:
-        """The findings that the verdict rests on, and who was denied."""
-        return {"denied": self.denied, "findings": self.findings}
+        """The findings that the verdict rests on, who is set apart, and who was denied."""
+        return {"apart": self.apart, "denied": self.denied, "findings": self.findings}
 
     def load(self, state: Tree) -> None:
         """Back to them."""
-        self.denied, self.findings = state["denied"], state["findings"]
+        self.apart, self.denied, self.findings = state["apart"], state["denied"], state["findings"]
+        self.choose()
+
+    def _free(self, own: Tensor) -> None:
+        """At the first hearing, free those set apart none too clearly whose labels the model agrees with by half.
+
+        It never learned these labels. A clean kind of its own divides a class, too, but it is known for what it is.
+        """
+        for label, found in enumerate(self.findings):
+            if found["n"] or not found["apart"]:
+                continue
+            group = self.apart & (self.given == label)
+            found["agreed"] = float(own[group].mean())
+            if found["agreed"] >= 0.5 and clearest(found, limits(self.options)) < PLAIN:
+                self.apart &= ~group
+                found |= {"apart": 0, "attacked": False}
         self.choose()
 
     def _denied_together(self, own: Tensor, probabilities: Tensor) -> list[dict[str, Any]]:
@@ -172,7 +188,7 @@ class Judgement:
         rest = (self.given == label) & ~confident
         kin = self._kin(label, probabilities[confident], probabilities[rest]) if count else 0.0
         many = lower(count, n) > self.options.acquittal
-        found = self.deposition.finding(label, self.given)
+        found = self.findings[label]
         stayed = many and epoch >= self.last and bool(self.large[label])
         sooner = early > 0.5 and (count >= FEW or kin < RARE)
         like_poison = (sooner or stayed) and alike < self.options.alike

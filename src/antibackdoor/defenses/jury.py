@@ -61,23 +61,23 @@ class Jury(Defense):
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart beyond doubt.
     6. After `hearing` of the epochs it answers, anew after each epoch, for all samples. A class is attacked if it was
-       divided beyond doubt, or if the model denies a group of it together: its doubt of the given label, shared by
-       neighbors as in 4, divides the class, so that also those it happens to agree with, or was taught by mistake, are
-       found in their company. Odd but clean samples of a kind that is not among the trusted are denied together, too;
-       but these are `alike`, all taken for one class, where poison comes from everywhere, or not learned in the easier
-       half of the set and `kin`, taken rather for what the rest of their class is taken for (where they are `late`, the
-       last of all to be learned, half that near is enough, unless they are taken for all others evenly); of a few, one
-       of the two is enough. Where it is certain of
-       many, what they are taken for does not matter: so poison of one source class is found. Single samples count where
-       groups are too small to be seen: if the model confidently takes more than `acquittal` of a class for others
-       (lower end of the Wilson interval), not alike, and these were learned in the easier half of the whole set (and
-       are not kin, if they are few), or are still there in the end.
-       Samples of an attacked class learn as what the model confidently takes them for, unless they are `alike` and may
-       be of their class (clean-label); those it agrees with get their label back, but for the group, those set apart
-       beyond doubt or, where nobody is, the `excluded` share with the most suspicion. In a class that was not attacked
-       these too get their label back, unless it is `impossible` in the eyes of the model: few poisoned samples do not
-       look like an attack. And a few that lie together and are denied as poison is, up to a twentieth of the class, are
-       left out for good.
+       divided beyond doubt (but what divides it less than half again as clearly needs the model's word: if it agrees
+       with the labels of those set apart, which it never learned, they are freed), or if the model denies a group of
+       it together: its doubt of the given label, shared by neighbors as in 4, divides the class, so that also those it
+       happens to agree with, or was taught by mistake, are found in their company. Odd but clean samples of a kind
+       that is not among the trusted are denied together, too; but these are `alike`, all taken for one class, where
+       poison comes from everywhere, or not learned in the easier half of the set and `kin`, taken rather for what the
+       rest of their class is taken for (where they are `late`, the last of all to be learned, half that near is
+       enough, unless they are taken for all others evenly); of a few, one of the two is enough. Where it is certain of
+       many, what they are taken for does not matter: so poison of one source class is found. Single samples count
+       where groups are too small to be seen: if the model confidently takes more than `acquittal` of a class for
+       others (lower end of the Wilson interval), not alike, and these were learned in the easier half of the whole set
+       (and are not kin, if they are few), or are still there in the end. Samples of an attacked class learn as what
+       the model confidently takes them for, unless they are `alike` and may be of their class (clean-label); those it
+       agrees with get their label back, but for the group, those set apart beyond doubt or, where nobody is, the
+       `excluded` share with the most suspicion. In a class that was not attacked these too get their label back,
+       unless it is `impossible` in the eyes of the model: few poisoned samples do not look like an attack. And a few
+       that lie together and are denied as poison is, up to a twentieth of the class, are left out for good.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
     and a group of less than 20 that is not learned early, or is kin.
