@@ -34,50 +34,36 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Jury(Defense):
     """Shallow witnesses choose whom to trust; the model learns from these, then hears all others.
 
-    1. Ease: a shallow model learns everything as labeled; poison, once learned, stays easy. `e`: percentile, within
-       the samples of the same label, of `Persistence` over looks at geometric steps.
-    2. Bond: averaged half and half with samples of other labels, how sure is that model still of the given label, in
-       the mean of `mixtures`? A clean sample has to share the answer with its partner; a trigger goes on leading to its
-       own, also where the label is true.
-    3. Home: for each class a shallow outsider learns all OTHER classes. A sample that only the trigger ties to its
-       label looks to it like one of its own: `h`, its confidence in another class.
-    4. Company: a trigger puts its samples next to each other in the features of the model that learned it, so each
-       sample shares the three with its `neighbors` nearest of the same label. What is noise in single samples averages
-       out, and a poisoned sample that looks innocent by itself is found in the company it keeps. Shared over and over
+    The idea: whoever was taught a label by a trigger cannot judge it. So each label is put to somebody who was not: to
+    a model that sees only half of the sample, to one that never saw the label, in the end to the model itself, which
+    learned from samples that those two had nothing to say against. And as a trigger puts its samples next to each other
+    in the features of a model that learned it, none is judged alone: what is noise in single samples averages out.
+
+    1. Three opinions about each label. Ease `e`: a shallow model learns everything as labeled; poison, once learned,
+       stays easy (percentile, within the label, of `Persistence` over looks at geometric steps). Bond `b`: averaged
+       half and half with samples of other labels, how sure is that model still of the label, in the mean of `mixtures`?
+       What a clean sample shows has to share the answer with its partner; a trigger goes on leading to its own, also
+       where the label is true. Home `h`: for each class a shallow outsider learns all OTHER classes; its confidence in
+       one of these. A sample that only the trigger ties to its label looks to it like one of its own.
+    2. `Company`: each sample shares them with its `neighbors` nearest of the same label. Shared over and over
        (`rounds`), an opinion differs in the end only between groups that no neighbors connect: a class that is still
-       divided is divided by more than chance, and its odd group is suspicious, or even set apart (`ease`, `bond`,
-       `division`; but not in a class of fewer than 100, nor what outsiders take for one class only: that is a rare
-       kind). Where all agree in the end there is no large group; shared once or a few times, the opinions still tell of
-       a few samples. Then those that divide the class firmly count alone, all three if none does; the suspicion is the
-       worst that is said of a sample, early being odd unless ease comes half-way to dividing the class. Odd is, as a
-       rule, the upper group. Of early and late samples it is the one that mixtures tie to the label, where they divide
-       the class, or else that outsiders recognize: a class may be easier than its poison. And it is the lower one, if
-       the upper one is too large to be poison (a faint trigger is lost in a mixture, and leaves nothing of what the
-       sample showed). But where nearly all mixtures of the upper group keep the label and few of the lower one's do,
-       most of the class is poison, unless it is most of the set: nothing that a class shows by itself wins every time,
-       and in some of its samples only. So is most of a class that ease or bond divides, if the outsider recognizes the
-       upper group as its own more than the lower one, and as more than one kind.
-    5. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
+       divided is divided by more than chance, and the `odd` group of it is suspicious; it is set apart where the
+       `clarity` is beyond doubt (`ease`, `bond`, `division`). Where nothing divides a class, opinions shared once or a
+       few times still tell of a few samples: the worst that is said of a sample counts.
+    3. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
-       set apart beyond doubt.
-    6. After `hearing` of the epochs it answers, anew after each epoch, for all samples. A class is attacked if it was
-       divided beyond doubt (but what divides it less than half again as clearly needs the model's word: if it agrees
-       with the labels of those set apart, which it never learned, they are freed), or if the model denies a group of
-       it together: its doubt of the given label, shared by neighbors as in 4, divides the class, so that also those it
-       happens to agree with, or was taught by mistake, are found in their company. Odd but clean samples of a kind
-       that is not among the trusted are denied together, too; but these are `alike`, all taken for one class, where
-       poison comes from everywhere, or not learned in the easier half of the set and `kin`, taken rather for what the
-       rest of their class is taken for (where they are `late`, the last of all to be learned, half that near is
-       enough, unless they are taken for all others evenly); of a few, one of the two is enough. Where it is certain of
-       many, what they are taken for does not matter: so poison of one source class is found. Single samples count
-       where groups are too small to be seen: if the model confidently takes more than `acquittal` of a class for
-       others (lower end of the Wilson interval), not alike, and these were learned in the easier half of the whole set
-       (and are not kin, if they are few), or are still there in the end. Samples of an attacked class learn as what
-       the model confidently takes them for, unless they are `alike` and may be of their class (clean-label); those it
-       agrees with get their label back, but for the group, those set apart beyond doubt or, where nobody is, the
-       `excluded` share with the most suspicion. In a class that was not attacked these too get their label back,
-       unless it is `impossible` in the eyes of the model: few poisoned samples do not look like an attack. And a few
-       that lie together and are denied as poison is, up to a twentieth of the class, are left out for good.
+       set apart.
+    4. `Judgement`: after `hearing` of the epochs the model answers, anew after each epoch, for all samples. A class is
+       attacked if samples of it were set apart, unless they were so none too clearly and the model agrees with their
+       label; if the model denies a group together, its doubt shared as in 2; or if it confidently takes more than
+       `acquittal` of the class for others (lower end of the Wilson interval). Odd but clean samples are denied, too:
+       they are told from poison, which comes from everywhere and was learned by a trigger, in that they are taken for
+       one class (`alike`), or learned late and taken for what the rest of their class is taken for (`late`, `kin`).
+       Samples of an attacked class learn as what the model confidently takes them for, if it takes them for many
+       classes (of clean-label poison the label is true); those it agrees with get their label back, but for the group,
+       those set apart or, where nobody is, the `excluded` share with the most suspicion. In other classes all get it
+       back, but for those of that share whose label is `impossible` in the eyes of the model, and a few that are denied
+       together as poison is.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
     and a group of less than 20 that is not learned early, or is kin.
