@@ -34,7 +34,7 @@ os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
 """By its own, pyarrow reserves a GiB at its first use, which is all that an input may take."""
 SECONDS, BYTES, LONGEST, PATIENCE = 5, 2**30, 2**16, 60
 """Of computing for an input; beyond what a process had; of an input; seconds for one in which nothing is computed."""
-TEXTS = {"arff", "manifest", "recording", "review", "run_history", "run_suspects", "ts", "tsv", "truth"}
+TEXTS = {"arff", "manifest", "recording", "review", "run_history", "run_suspects", "table", "ts", "tsv", "truth"}
 LONG = 2**19
 """Bytes of an input for readers of text, which grow with its lines: 131,072 series of one value take a second."""
 TOKENS = [

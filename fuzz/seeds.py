@@ -103,6 +103,9 @@ def images_and_series() -> None:
     seed("recording", "stamped", 'time,"x",y\n2026-01-01 00:00,0.5,1\n2026-01-01 00:01,NA,2\n')
     seed("recording", "semicolons", "x;y\n0,5;1\n")
     seed("recording", "blanks", "1 2\n3 4\n")
+    seed("table", "wide", "label,a,b\nx,1,1e3\ny,-2,\n")
+    seed("table", "long", "id,label,time,u,v\np,x,0,1,2\np,x,1,3,4\nq,y,0,5,\nq,y,1,NA,7\n")
+    seed("table", "splits", 'id;split;label;"u"\np;train;x;0,5\nq;test;x;1\n')
     seed("tsv", "plain", "1\t0.5\t0.25\t1e3\n2\t1\t-2\tNaN\n")
     seed(
         "arff",

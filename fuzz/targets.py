@@ -238,6 +238,7 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "npy": lambda content: load(npz(content)),
     "ts": lambda content: load(file("set.ts", content)),
     "recording": recording,
+    "table": lambda content: load(file("set.csv", content), missing="interpolate"),
     "tsv": lambda content: load(file("set.tsv", content)),
     "arff": lambda content: load(file("set.arff", content)),
     "parquet": lambda content: load(file("set.parquet", content)),

@@ -106,7 +106,7 @@ def test_options_that_do_not_apply(tmp_path):
         ("a.npz", {"test": tmp_path}, "give both in one format"),
         ("digits", {"test": "a.npz"}, "has its own test set"),
         ("a.txt", {}, "no format that can be read"),
-        ("a.ts", {"memory_map": True}, "cannot be memory-mapped"),
+        ("a.ts", {"memory_map": True}, "can be memory-mapped from an .npz file only"),
     ):
         with pytest.raises(InputError, match=gist):
             load(source, **options)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from antibackdoor import limits
-from antibackdoor.data import recordings
+from antibackdoor.data import recordings, text
 from antibackdoor.data.load import load, load_samples
 from antibackdoor.data.recordings import read_recording
 from antibackdoor.errors import InputError, LeftOut
@@ -168,7 +168,7 @@ def test_samples_without_labels(folder):
 
 def test_limits_of_a_line_and_of_channels(folder, monkeypatch):
     (folder / "walk" / "b.csv").write_text("x,y\n1," + "2" * 100 + "\n")
-    monkeypatch.setattr(recordings, "MAX_LINE", 50)
+    monkeypatch.setattr(text, "MAX_LINE", 50)
     with pytest.raises(InputError, match="a line has more than 50 characters"):
         load(folder)
     monkeypatch.setattr(recordings, "MAX_CHANNELS", 1)

@@ -65,6 +65,7 @@ def poison(
     """Poison a training set on purpose, for experiments."""
     from antibackdoor.bench.poisoned import poison as make
     from antibackdoor.bench.poisoned import write_poisoned
+    from antibackdoor.data.file_lists import is_manifest
     from antibackdoor.files import check_free
     from antibackdoor.progress import show
     from antibackdoor.training.job import make_fabric
@@ -75,7 +76,7 @@ def poison(
     splits = reading.load(data)
     with show(console(stderr=True), quiet=quiet, title=attack) as progress:
         poisoned = make(splits, attack, chosen, seed=seed, fabric=make_fabric(device), kept=stages, progress=progress)
-    came_as_manifest = form is Format.folder and Path(data).suffix.lower() == ".csv"
+    came_as_manifest = form is Format.folder and Path(data).suffix.lower() == ".csv" and is_manifest(Path(data))
     write_poisoned(poisoned, out, form="manifest" if came_as_manifest else form.value)
     if as_json:
         print_json(ctx, {**poisoned.attack, "out": str(out)})

@@ -32,6 +32,7 @@ from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series, refuse_image_options
 from antibackdoor.data.shards import EXTENSION as SHARD
 from antibackdoor.data.shards import is_shard_folder, load_shards
+from antibackdoor.data.tables import UNKNOWN, is_table, load_table
 from antibackdoor.errors import InputError, LeftOut, unknown
 from antibackdoor.limits import inside, refuse_special
 
@@ -50,7 +51,8 @@ def load(
     """Read a data set: a path goes before a name of the catalog.
 
     source: a folder of class folders (or with `train` and `test` folders of them) or a CSV manifest
-        (path,label[,split]), both of images or of recordings (`.csv`, `.tsv`, `.txt`, `.npy`), an `.npz`, a `.ts`,
+        (path,label[,split]), both of images or of recordings (`.csv`, `.tsv`, `.txt`, `.npy`), a CSV table of series
+        (label,[id,][split,] values), an `.npz`, a `.ts`,
         `.tsv` or `.arff` file or a folder with NAME_TRAIN and NAME_TEST, a parquet or arrow file or a folder of them or
         of Hugging Face's `save_to_disk`, WebDataset `.tar` shards, a folder that `antibackdoor poison` wrote, a name of
         the catalog, or a torch `Dataset`.
@@ -138,15 +140,13 @@ def _load(
     kind = _kind(path)
     if held is not None and _kind(held) != kind:
         raise InputError(f"{path} is read as {kind} but the test set {held} as {_kind(held)}; give both in one format.")
-    if memory_map and kind == "series":
-        raise InputError(f"{path} is read as {kind}, which cannot be memory-mapped; images and .npz files can.")
     if kind == "npz":
         _refuse_size(path, image_size)
         from_disk = fills_memory(path) if memory_map is None else memory_map
         return load_npz(path, test=held, missing=missing, memory_map=from_disk)
-    if kind == "series":
-        _refuse_size(path, image_size)
-        return load_series(path, test=held, missing=missing)
+    if kind in ("series", "table"):
+        refuse_image_options(path, image_size, memory_map)
+        return (load_series if kind == "series" else load_table)(path, test=held, missing=missing)
     if kind in ("arrow", "shards"):
         stream = load_arrow if kind == "arrow" else load_shards
         return stream(
@@ -171,7 +171,9 @@ def _bare(path: Path) -> bool:
     if path.is_dir():
         return _kind(path) == "class folders" and not has_class_folders(path)
     ending = path.suffix.lower()
-    return path.is_file() and (ending in (*IMAGES, ".npy", ".txt") or (ending == ".csv" and not is_manifest(path)))
+    return path.is_file() and (
+        ending in (*IMAGES, ".npy", ".txt") or (ending == ".csv" and not is_manifest(path) and not is_table(path))
+    )
 
 
 def load_samples(
@@ -202,6 +204,10 @@ def load_samples(
         return _fitted(x, ids, lengths, spec, path), None
     if path.is_file() and path.suffix.lower() == ".npz":
         data, labeled = load_samples_npz(path, missing)
+    elif path.is_file() and _kind(path) == "table":
+        splits = load_table(path, missing=missing, unlabeled=True)
+        data = splits.test or splits.train
+        labeled = data.spec.classes != (UNKNOWN,)
     else:
         resized = spec.kind == "image" and path.exists() and _kind(path) not in {"npz", "series"}
         splits = load(
@@ -275,7 +281,9 @@ def _kind(path: Path) -> str:
             return "series"
         return "arrow" if is_arrow_folder(path) else "shards" if is_shard_folder(path) else "class folders"
     endings = {**dict.fromkeys(SERIES, "series"), **dict.fromkeys(TABLES, "arrow")}
-    endings |= {".npz": "npz", ".csv": "manifest", SHARD: "shards"}
+    endings |= {".npz": "npz", SHARD: "shards"}
+    if path.suffix.lower() == ".csv":
+        return "manifest" if is_manifest(path) else "table"
     if path.suffix.lower() in endings:
         return endings[path.suffix.lower()]
     raise InputError(

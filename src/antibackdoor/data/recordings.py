@@ -6,10 +6,9 @@ import csv
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -19,14 +18,11 @@ from antibackdoor.data.core import Splits
 from antibackdoor.data.file_lists import FileList
 from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Floats, Missing, from_cases
+from antibackdoor.data.text import NO_CHANNEL, number, numbers, rows_of
 from antibackdoor.errors import InputError, LeftOut, leave_out, visible
-from antibackdoor.limits import MAX_CHANNELS, MAX_LINE, refuse_beyond_memory
+from antibackdoor.limits import MAX_CHANNELS, refuse_beyond_memory
 
 EXTENSIONS = (".csv", ".tsv", ".txt", ".npy")
-NO_CHANNEL = {"", "index", "time", "timestamp", "datetime", "date"}
-"""Columns that say when, and not what: their names, without regard to case."""
-NO_VALUE = {"", "na", "n/a", "null", "?"}
-"""What stands where a value is missing, beside NaN."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,8 @@ class Recording:
 def read_recording(path: Path) -> Recording:
     """A `.npy` of `(length,)` or `(channels, length)`, or a text: a line a time step, a column a channel.
 
-    Columns are separated by tabs, semicolons, commas or blanks: the first of these that the first line holds. A first
-    line that is not all numbers names them, and those in `NO_CHANNEL` are left out. One line of numbers alone is
-    one channel. Raises ValueError, and OSError, that say what is wrong.
+    Columns are parted as `rows_of` says. A first line that is not all numbers names them, and those in `NO_CHANNEL` are
+    left out. One line of numbers alone is one channel. Raises ValueError, and OSError, that say what is wrong.
     """
     with np.errstate(over="ignore"):  # infinite values are refused with all that is refused in series
         if path.suffix.lower() == ".npy":
@@ -64,14 +59,8 @@ def read_recording(path: Path) -> Recording:
 def _read_text(path: Path) -> Recording:
     values, keep, header, count, width = array("f"), list[int](), list[str](), 0, 0
     with path.open(newline="", encoding="utf-8-sig") as file:
-        first = next((line for line in _lines(file) if line.strip()), "")
-        file.seek(0)
-        mark = next((mark for mark in "\t;," if mark in first), None)
-        lines = _lines(file)
-        rows = csv.reader(lines, delimiter=mark) if mark else (line.split() for line in lines)
-        for place, row in enumerate(rows, 1):
-            if not any(row):
-                continue
+        comma, rows = rows_of(file)
+        for place, row in rows:
             if not width:
                 header, width = _header(row), len(row)
                 keep = [k for k in range(width) if not header or header[k].casefold() not in NO_CHANNEL]
@@ -82,8 +71,7 @@ def _read_text(path: Path) -> Recording:
             if len(row) != width:
                 raise ValueError(f"line {place} has another number of values ({len(row):,}) than the first ({width:,})")
             try:
-                # Where semicolons part the columns, a comma is a decimal point.
-                values.extend(_number(row[k].replace(",", ".") if mark == ";" else row[k]) for k in keep)
+                values.extend(numbers([row[k] for k in keep], comma))
             except ValueError as error:
                 raise ValueError(f"line {place}: {error}") from None
             count += 1
@@ -98,13 +86,6 @@ def _read_text(path: Path) -> Recording:
     return Recording(tuple(names), np.array(values, np.float32).reshape(count, len(keep)).T, left_out)
 
 
-def _lines(file: TextIO) -> Iterator[str]:
-    while line := file.readline(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
-            raise ValueError(f"a line has more than {MAX_LINE:,} characters")
-        yield line
-
-
 def _header(row: Sequence[str]) -> list[str]:
     """The names of the columns, if a first line holds them: words, or what pandas calls columns without a name."""
     counted = row[0] == "" and row[1:] == list(map(str, range(len(row) - 1)))
@@ -113,18 +94,10 @@ def _header(row: Sequence[str]) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        _number(text.replace(",", "."))
+        number(text, comma=True)
     except ValueError:
         return False
     return True
-
-
-def _number(text: str) -> float:
-    text = text.strip()
-    try:
-        return float("nan" if text.casefold() in NO_VALUE else text)
-    except ValueError:
-        raise ValueError(f"{text[:50]!r} is no number") from None
 
 
 def load_recordings(
