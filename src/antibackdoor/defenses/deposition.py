@@ -62,10 +62,10 @@ class Deposition:
 
     def evidence(self, findings: Sequence[dict[str, Any]], options: Jury) -> dict[str, Any]:
         """For the verdict: what was found about each class, and the limits beyond which it counts."""
-        return {"by_class": list(findings), "limits": limits(options)}
+        return {"by_class": list(findings), "limits": limits_of(options)}
 
 
-def limits(options: Jury) -> dict[str, float]:
+def limits_of(options: Jury) -> dict[str, float]:
     """The limits beyond which what is found about a class counts."""
     names = ("acquittal", "denial", "late", "alike", "kin", "ease", "bond", "division")
     return {**{name: getattr(options, name) for name in names}, "certain": CERTAIN, "plain": PLAIN}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from antibackdoor.defenses.company import CERTAIN, alike, distance
-from antibackdoor.defenses.deposition import PLAIN, Deposition, clearest, limits
+from antibackdoor.defenses.deposition import PLAIN, Deposition, clearest, limits_of
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
 from antibackdoor.training.groups import FEW, clarity, halves, shared
@@ -125,7 +125,7 @@ class Judgement:
                 continue
             group = self.apart & (self.given == label)
             found["agreed"] = float(own[group].mean())
-            if found["agreed"] >= 0.5 and clearest(found, limits(self.options)) < PLAIN:
+            if found["agreed"] >= 0.5 and clearest(found, limits_of(self.options)) < PLAIN:
                 self.apart &= ~group
                 found |= {"apart": 0, "attacked": False}
         self.choose()
