@@ -8,7 +8,7 @@ from typing import Any
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
-from antibackdoor.defenses.deposition import clearest
+from antibackdoor.defenses.deposition import DIVISIONS
 from antibackdoor.intervals import lower, upper
 from antibackdoor.threats import references
 from antibackdoor.training.groups import FEW
@@ -93,13 +93,16 @@ def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
 
 def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     """How far a class is on the way to being found attacked: 1 at the limit, of several ways the furthest."""
-    divided = clearest(found, limits)
-    beyond_doubt: float = max(divided / limits["plain"], min(divided, (1 - found["agreed"]) / 0.5))
+    beyond_doubt = 0.0
+    for name in DIVISIONS:
+        clear = found[name] / max(limits[name], 1e-9)
+        denied = (1 - found["agreed"].get(name, 0.0)) / 0.5
+        beyond_doubt = max(beyond_doubt, clear / limits["plain"], min(clear, denied))
     mixed = (1 - found["alike"]) / max(1 - limits["alike"], 1e-9)
     early, kin = found["early"] / 0.5, found["below"] / max(found["kin"], 1e-9)
     heard = together = 0.0
     if found["together"]:
-        denied: float = found["denial"] / max(limits["denial"], 1e-9)
+        denied = found["denial"] / max(limits["denial"], 1e-9)
         either = min(early, kin) if found["together"] < FEW else max(early, kin)
         together = denied if found["certain"] else min(denied, either, mixed)
     elif found["n"]:
@@ -111,29 +114,7 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
 
 def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """What was found about one class: what it means first, the numbers in brackets."""
-    told, apart = [], f" ({found['apart']} are set apart)" if found["apart"] else ""
-    if found["ease"] >= limits["ease"]:
-        told.append(
-            f"Some samples labeled {name!r} lie together and were learned apart from the others of the class{apart}: "
-            "a shallow model came to know all of them sooner, or all of them later."
-        )
-    if found["bond"] >= limits["bond"]:
-        told.append(
-            f"Something other than what they show ties some samples to the label {name!r}{apart}: averaged with "
-            f"samples of other classes they are still taken for {name!r}, and the others of the class are not."
-        )
-    if found["division"] >= limits["division"]:
-        told.append(
-            f"Some samples labeled {name!r} look like samples of another class{apart}: models that never saw this "
-            "label are sure of another for them, and not for the others of the class."
-        )
-    if found["agreed"] and clearest(found, limits) < limits["plain"]:
-        says = "denies it" if found["apart"] else "agrees with it"
-        told.append(
-            f"A model that never learned their label {says} (gives it {found['agreed']:.0%} in the mean; from 50% on "
-            "they count as a kind of their own, unless the class is divided "
-            f"{limits['plain']:.1f} times as clearly as is beyond doubt)."
-        )
+    told = _told_of_divisions(name, found, limits)
     mixed = "many classes, as poison does" if found["alike"] < limits["alike"] else "one class, as a rare kind does"
     look = (
         f"They look like {mixed} (what they are taken for is {found['alike']:.0%} off the mix of all other classes; "
@@ -167,12 +148,13 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
         ]
     elif found["n"]:
         counts = f"({found['count']} of the {found['n']} that it was not shown)"
-        if lower(found["count"], found["n"]) <= limits["acquittal"]:
+        few = lower(found["count"], found["n"]) <= limits["acquittal"]
+        if few and not found["apart"]:
             told.append(
                 f"A model that learned from trusted samples takes few samples labeled {name!r} for other classes, as "
                 f"in clean data {counts}."
             )
-        else:
+        elif not few:
             when = (
                 "early, as poison is"
                 if found["early"] > 0.5
@@ -189,6 +171,40 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 *([kin] if found["count"] < FEW and found["early"] > 0.5 else []),
             ]
     return told or ["No class falls into two: not when it is learned, not mixed, not for models that never saw it."]
+
+
+def _told_of_divisions(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    """By what a class is divided, and what the model says of those set apart by it."""
+    meaning = {
+        "ease": (
+            f"Some samples labeled {name!r} lie together and were learned apart from the others of the class",
+            "a shallow model came to know all of them sooner, or all of them later.",
+        ),
+        "bond": (
+            f"Something other than what they show ties some samples to the label {name!r}",
+            f"averaged with samples of other classes they are still taken for {name!r}, and others of it are not.",
+        ),
+        "division": (
+            f"Some samples labeled {name!r} look like samples of another class",
+            "models that never saw this label are sure of another for them, and not for the others of the class.",
+        ),
+    }
+    told = []
+    for division, (what, why) in meaning.items():
+        if found[division] < limits[division]:
+            continue
+        agreed = found["agreed"].get(division)
+        weak = agreed is not None and found[division] < limits["plain"] * limits[division]
+        freed = weak and agreed >= 0.5
+        apart = "" if freed or not found["apart"] else f" ({found['apart']} are set apart)"
+        told.append(f"{what}{apart}: {why}")
+        if weak:
+            told.append(
+                f"A model that never learned their label {'agrees with' if freed else 'denies'} it (gives it "
+                f"{agreed:.0%} in the mean; from 50% on they count as a kind of their own, unless the class is divided "
+                f"{limits['plain']:.1f} times as clearly as is beyond doubt)."
+            )
+    return told
 
 
 MANY = 0.4

@@ -78,7 +78,9 @@ GIVEN = toy_images(40).y
 def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor, clear: float = 9.0) -> Deposition:
     """A deposition; nobody asks the witness itself. Bond divides a class with samples apart, this clearly."""
     divided = [[0.0, clear * bool(apart[label == GIVEN].any()), 0.0] for label in range(4)]
-    return Deposition(cast(Tap, None), suspicion, ease, NEAR, apart, torch.full((40,), -1), divided)
+    nobody = torch.zeros_like(apart)
+    groups = torch.stack([nobody, apart, nobody])
+    return Deposition(cast(Tap, None), suspicion, ease, NEAR, groups, torch.full((40,), -1), divided)
 
 
 class Court:
@@ -198,7 +200,7 @@ def test_those_set_apart_none_too_clearly_are_freed_if_the_model_agrees_with_the
     court.hear(answers, confidence=own if own > 0.5 else 1 - own, second=1)
     found = court.judgement.findings[1]
     assert (found["attacked"], found["apart"]) == (attacked, 2 * attacked)
-    assert found["agreed"] == pytest.approx(own) and found["bond"] == pytest.approx(clear * Jury().bond)
+    assert found["agreed"] == {"bond": pytest.approx(own)} and found["bond"] == pytest.approx(clear * Jury().bond)
     assert torch.equal(court.hearing.labels == OUT, court.apart & attacked)
     outcome = court.hearing.outcome(court.job.model())
     assert bool(outcome.flagged[court.apart].all()) == bool(outcome.flagged.any()) == attacked
@@ -206,6 +208,22 @@ def test_those_set_apart_none_too_clearly_are_freed_if_the_model_agrees_with_the
     assert verdict.poisoned == attacked and (not verdict.judged or verdict.confidence >= 0.5)
     court.hear(torch.where(court.apart, 3, court.given), epoch=2)
     assert found["attacked"] == court.judgement.findings[1]["attacked"], "they are asked once"
+
+
+def test_each_witness_answers_for_the_group_it_set_apart() -> None:
+    """Ease sets two apart that the model knows, bond two others that it denies; the third, plainly, one of both."""
+    for plain in (False, True):
+        court = Court(apart=[1, 5], clear=1.4 * Jury().bond)
+        court.judgement.findings[1]["ease"] = 1.4 * Jury().ease
+        court.judgement.groups[0, [9, 13]] = True
+        if plain:
+            court.judgement.findings[1]["division"] = PLAIN * Jury().division
+            court.judgement.groups[2, [1, 9]] = True
+        court.hear(torch.where(court.apart, 2, court.given))
+        found = court.judgement.findings[1]
+        assert court.judgement.apart.nonzero().flatten().tolist() == ([1, 5, 9] if plain else [1, 5])
+        assert found["attacked"] and found["apart"] == 2 + plain
+        assert found["agreed"]["ease"] > 0.9 and found["agreed"]["bond"] < 0.1
 
 
 def test_a_resumed_hearing_knows_who_was_freed(tmp_path: Path) -> None:
@@ -419,7 +437,7 @@ def test_a_group_that_was_not_learned_early_and_is_taken_for_what_its_class_is_t
 def test_a_class_with_samples_apart_may_lose_others_to_the_company_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     court = Neighborhood(monkeypatch)
     apart = court.group & (court.place == 9)
-    court.judgement.deposition = replace(court.judgement.deposition, apart=apart)
+    court.judgement.groups[1] = apart
     court.judgement.choose()
     court.hear(court.elsewhere(court.group & (court.place != 8)))
     assert (court.hearing.labels[court.group & (court.place == 8)] == OUT).all()
@@ -457,11 +475,23 @@ def test_what_is_alike_enough_to_be_a_rare_kind(limit: float, attacked: bool, mo
     assert court.judgement.findings[1]["attacked"] == attacked
 
 
+def test_samples_that_are_taken_for_no_other_class_accuse_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model gives all their own label, but less surely to a group: that says nothing of many classes."""
+    court = Neighborhood(monkeypatch)
+    said = torch.full((40, 4), 0.01, dtype=torch.float64)
+    said[torch.arange(40), court.given] = torch.where(court.group, 0.6, 0.97).double()
+    court.judgement.hear(said, 1)
+    assert not court.judgement.denied.any() and not court.judgement.attacked.any()
+    apart = Court(apart=[1, 5])
+    apart.hear(apart.given)
+    assert apart.judgement.attacked.any() and not apart.judgement.foreign.any(), "their labels may be true"
+
+
 def test_what_a_single_sample_is_taken_for_is_one_kind() -> None:
     court = Court()
     court.hear(torch.where((court.given == 1) & (court.place == 5), 2, court.given))
     assert court.judgement.findings[1]["alike"] == pytest.approx(2 / 3)
-    assert [court.judgement.findings[label]["alike"] for label in (0, 2, 3)] == [0.0] * 3, (
+    assert [court.judgement.findings[label]["alike"] for label in (0, 2, 3)] == [1.0] * 3, (
         "nothing was taken for others"
     )
 
@@ -523,10 +553,16 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
     apart = torch.isin(torch.arange(40), torch.tensor([1, 5, 8]))  # two of class 1, one of class 0
     rest = torch.zeros(40)
     witnesses = Deposition(
-        cast(Tap, None), rest, rest, NEAR, apart, rest, [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3]
+        cast(Tap, None),
+        rest,
+        rest,
+        NEAR,
+        apart[None],
+        rest,
+        [[9.0, 0.1, 5.0], [8.0, 0.2, 6.0], [7.0, 0.3, 7.0], [0.0] * 3],
     )
-    nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "alike": 0.0, "kin": 0.0}
-    nobody |= {"below": 0.0, "certain": False, "agreed": 0.0}
+    nobody = {"count": 0, "n": 0, "denial": 0.0, "together": 0, "early": 0.0, "stayed": False, "kin": 0.0}
+    nobody |= {"alike": 1.0, "below": 0.0, "certain": False, "agreed": {}}
     given = torch.arange(40) % 4
     told = [witnesses.finding(label, given) for label in range(3)]
     assert told == [
@@ -535,7 +571,7 @@ def test_what_a_class_is_known_for_before_it_is_heard() -> None:
         {**nobody, "ease": 7.0, "bond": 0.3, "division": 7.0, "apart": 0, "attacked": False},
     ]
     evidence = witnesses.evidence(told, Jury(acquittal=0.1, alike=0.2, ease=2.0, bond=3.0, division=4.0))
-    limits = {"acquittal": 0.1, "denial": 1.5, "late": 0.2, "alike": 0.2, "kin": 0.67}
+    limits = {"acquittal": 0.1, "denial": 1.5, "alike": 0.2}
     assert evidence == {
         "by_class": told,
         "limits": {**limits, "ease": 2.0, "bond": 3.0, "division": 4.0, "certain": CERTAIN, "plain": PLAIN},
@@ -546,7 +582,13 @@ def test_firmly_divided_classes_come_first_in_a_ranking_of_all() -> None:
     suspicion, given = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3]).double(), torch.tensor([0, 0, 1, 1, 2])
     nothing = torch.zeros(5)
     said = Deposition(
-        cast(Tap, None), suspicion, nothing, NEAR, nothing > 0, nothing, [[0.0, FIRM - 0.01], [FIRM, 0.0], [0.0, 3]]
+        cast(Tap, None),
+        suspicion,
+        nothing,
+        NEAR,
+        nothing[None] > 0,
+        nothing,
+        [[0.0, FIRM - 0.01], [FIRM, 0.0], [0.0, 3]],
     )
     assert said.scores(given).tolist() == pytest.approx([0.1, 0.9, 0.2 + FIRM, 0.8 + FIRM, 3.3])
 
@@ -576,7 +618,7 @@ def test_the_verdict_names_the_attacked_class_and_the_flags_are_in_it() -> None:
 
 def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     limits = {"ease": 3.0, "bond": 1.2, "division": 3.0, "acquittal": 0.03, "denial": 1.5}
-    limits |= {"late": 0.2, "alike": 0.5, "kin": 0.67, "certain": 8.0, "plain": 1.5}
+    limits |= {"alike": 0.5, "certain": 8.0, "plain": 1.5}
     calm = {
         "ease": 0.0,
         "bond": 0.0,
@@ -592,7 +634,7 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
         "kin": 0.4,
         "below": 0.67,
         "certain": False,
-        "agreed": 0.0,
+        "agreed": {},
     }
     few = told_of("x", calm, limits)
     assert (
@@ -623,13 +665,16 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert len(sure) == 3 and "one class, as a rare kind does" in sure[1]
     assert "next to no doubt" in sure[2] and "(clarity 12.0; from 8.0 on" in sure[2]
     bound = told_of("x", calm | {"ease": 3.0, "bond": 1.2, "division": 3.0, "apart": 7}, limits)
-    assert len(bound) == 4 and all("(7 are set apart)" in sentence for sentence in bound[:3])
-    weak = told_of("x", calm | {"bond": 1.4, "apart": 7, "agreed": 0.07}, limits)
-    assert len(weak) == 3 and "never learned their label denies it (gives it 7% in the mean" in weak[1]
-    freed = told_of("x", calm | {"bond": 1.4, "agreed": 0.93}, limits)
+    assert len(bound) == 3 and all("(7 are set apart)" in sentence for sentence in bound[:3])
+    weak = told_of("x", calm | {"bond": 1.4, "apart": 7, "agreed": {"bond": 0.07}}, limits)
+    assert len(weak) == 2 and "never learned their label denies it (gives it 7% in the mean" in weak[1]
+    freed = told_of("x", calm | {"bond": 1.4, "agreed": {"bond": 0.93}}, limits)
     assert "set apart" not in freed[0] and "agrees with it (gives it 93% in" in freed[1] and "1.5 times" in freed[1]
-    plain = told_of("x", calm | {"bond": 1.8, "apart": 7, "agreed": 0.93}, limits)
-    assert len(plain) == 2, "its word is not asked"
+    plain = told_of("x", calm | {"bond": 1.8, "apart": 7, "agreed": {"bond": 0.93}}, limits)
+    assert len(plain) == 1, "its word is not asked"
+    both = told_of("{x}", calm | {"ease": 4.0, "bond": 1.4, "apart": 5, "agreed": {"ease": 0.1, "bond": 0.8}}, limits)
+    assert ["(5 are set apart)" in line for line in both] == [True, False, False, False]
+    assert ["denies it" in both[1], "agrees with it" in both[3]] == [True, True] and "'{x}'" in both[0]
     assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3
 
 
@@ -750,7 +795,9 @@ def test_scores_are_the_doubt_and_of_those_apart_certain() -> None:
 def test_who_is_suspect_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Class 1 is attacked and 25 of it set apart. The model takes 5, 29 and 33 of it for class 3, and 22 of class 2."""
     court = Court(apart=[25])
-    court.hear(court.given)
+    court.hear(
+        court.elsewhere((court.given == 1) & (court.place >= 7)), confidence=0.6
+    )  # from everywhere, unsure of it
     answers = court.given.clone()
     answers[[5, 22, 29, 33]] = 3
     logits = torch.nn.functional.one_hot(answers, 4).double() * math.log(

@@ -154,13 +154,17 @@ class Company:
 
     def apart(self, enough: Sequence[float]) -> Tensor:
         """`(n,)` bool: the odd group of each class that an opinion divides with at least its clarity in `enough`."""
-        group = torch.zeros(len(self.given), dtype=torch.bool)
+        return self.apart_by(enough).any(0)
+
+    def apart_by(self, enough: Sequence[float]) -> Tensor:
+        """The same, for each opinion by itself: `(o, n)` bool."""
+        groups = torch.zeros(len(enough), len(self.given), dtype=torch.bool)
         for label, clear in enumerate(self.clear):
             rows = (self.given == label).nonzero().flatten()
             for number, (found, least) in enumerate(zip(clear, enough, strict=True)):
                 if found >= least:
-                    group[rows] |= self._odd(number, label, rows)
-        return group
+                    groups[number, rows] = self._odd(number, label, rows)
+        return groups
 
     def believed(self, enough: Sequence[float]) -> Company:
         """The same, without divisions that would count beyond doubt but that clean samples make, too.
@@ -224,9 +228,9 @@ class Company:
 def alike(label: int, answers: Tensor, given: Tensor) -> float:
     """How far the classes in `answers` are off those of all samples `given` `(n,)` that are not of `label`.
 
-    Total variation distance of the two distributions, in [0, 1].
+    Total variation distance of the two distributions, in [0, 1]; 1 where there are no answers.
     """
-    return distance(torch.bincount(answers), torch.bincount(given[given != label]))
+    return 1.0 if len(answers) == 0 else distance(torch.bincount(answers), torch.bincount(given[given != label]))
 
 
 def distance(counts: Tensor, others: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from antibackdoor.defenses.company import CERTAIN, alike, distance
-from antibackdoor.defenses.deposition import PLAIN, Deposition, clearest, limits_of
+from antibackdoor.defenses.deposition import DIVISIONS, PLAIN, Deposition
 from antibackdoor.files import Tree
 from antibackdoor.intervals import lower
 from antibackdoor.training.groups import FEW, clarity, halves, shared
@@ -33,9 +33,9 @@ are few, and a class can spare as many."""
 class Judgement:
     """Who is trusted, which classes are attacked, and what label each sample gets; nothing is trained here.
 
-    trusted: `(n,)` bool, whose label is taken as given. apart: whom the witnesses set apart, but for those freed.
-    denied: those whose label the model denied together. excluded: those of an attacked class who do not get their label
-    back by agreement. findings: one for each class. last: the epoch after which nothing more is learned.
+    trusted: `(n,)` bool, whose label is taken as given. groups: `(3, n)`, whom the witnesses set apart, but for those
+    freed. denied: those whose label the model denied together. excluded: those of an attacked class who do not get
+    their label back by agreement. findings: one for each class. last: the epoch after which nothing more is learned.
     """
 
     def __init__(self, options: Jury, given: Tensor, classes: int, deposition: Deposition, last: int):
@@ -43,7 +43,7 @@ class Judgement:
         self.classes = range(classes)
         self.early = within(deposition.ease, torch.zeros_like(given))
         self.large = torch.bincount(given, minlength=classes) >= FEW
-        self.apart, self.denied = deposition.apart.clone(), torch.zeros_like(deposition.apart)
+        self.groups, self.denied = deposition.groups.clone(), torch.zeros_like(deposition.apart)
         self.findings = [deposition.finding(label, given) for label in self.classes]
         self.choose()
 
@@ -85,6 +85,11 @@ class Judgement:
         return torch.where(self.trusted, self.given, heard)
 
     @property
+    def apart(self) -> Tensor:
+        """`(n,)` bool: whom any witness set apart and nobody freed."""
+        return self.groups.any(0)
+
+    @property
     def attacked(self) -> Tensor:
         """Which classes are, `(K,)` bool."""
         return torch.tensor([bool(finding["attacked"]) for finding in self.findings])
@@ -108,26 +113,30 @@ class Judgement:
 
     def state(self) -> Tree:
         """The findings that the verdict rests on, who is set apart, and who was denied."""
-        return {"apart": self.apart, "denied": self.denied, "findings": self.findings}
+        return {"groups": self.groups, "denied": self.denied, "findings": self.findings}
 
     def load(self, state: Tree) -> None:
         """Back to them."""
-        self.apart, self.denied, self.findings = state["apart"], state["denied"], state["findings"]
+        self.groups, self.denied, self.findings = state["groups"], state["denied"], state["findings"]
         self.choose()
 
     def _free(self, own: Tensor) -> None:
-        """At the first hearing, free those set apart none too clearly whose labels the model agrees with by half.
+        """At the first hearing, free a group set apart none too clearly whose labels the model agrees with by half.
 
         It never learned these labels. A clean kind of its own divides a class, too, but it is known for what it is.
         """
         for label, found in enumerate(self.findings):
-            if found["n"] or not found["apart"]:
+            if found["n"]:
                 continue
-            group = self.apart & (self.given == label)
-            found["agreed"] = float(own[group].mean())
-            if found["agreed"] >= 0.5 and clearest(found, limits_of(self.options)) < PLAIN:
-                self.apart &= ~group
-                found |= {"apart": 0, "attacked": False}
+            of_class = self.given == label
+            for number, name in enumerate(DIVISIONS):
+                group = self.groups[number] & of_class
+                if group.any():
+                    found["agreed"][name] = float(own[group].mean())
+                    if found["agreed"][name] >= 0.5 and found[name] < PLAIN * getattr(self.options, name):
+                        self.groups[number] &= ~group
+            apart = int((self.apart & of_class).sum())
+            found |= {"apart": apart, "attacked": apart > 0}
         self.choose()
 
     def _denied_together(self, own: Tensor, probabilities: Tensor) -> list[dict[str, Any]]:

@@ -65,8 +65,8 @@ class Jury(Defense):
        back, but for those of that share whose label is `impossible` in the eyes of the model, and a few that are denied
        together as poison is.
 
-    What it cannot see: clean-label poison whose trigger does not survive a mixture (the model agrees with its label),
-    and a group of less than 20 that is not learned early, or is kin.
+    What it cannot see: clean-label poison whose trigger does not survive a mixture half again as clearly as that of
+    other poison has to (the model agrees with its label), and a group of less than 20 that is late or kin.
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class
     where it is little. Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless
     mixtures are `sure` or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main
@@ -107,10 +107,10 @@ class Jury(Defense):
         float, Field(ge=0, description="that distance over the one from what the rest of the class is taken for")
     ] = 0.67
     ease: Annotated[
-        float, Field(ge=0, description="`clarity` beyond doubt of a division by when they were learned")
+        float, Field(gt=0, description="`clarity` beyond doubt of a division by when they were learned")
     ] = 3.0
-    division: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
-    bond: Annotated[float, Field(ge=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
+    division: Annotated[float, Field(gt=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
+    bond: Annotated[float, Field(gt=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of a class whose labels are not simply given back")] = 0.3
     impossible: Annotated[
         Share, Field(description="of what chance gives a label; a model that gives less denies it")
@@ -144,10 +144,10 @@ class Jury(Defense):
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
         enough = (self.ease, self.bond, self.division)
         company = company.believed(enough)
-        apart = company.apart(enough)
-        suspicion = torch.where(apart, 1.0, suspicion)
+        groups = company.apart_by(enough)
+        suspicion = torch.where(groups.any(0), 1.0, suspicion)
         elsewhere = torch.where(confidence >= self.confidence, elsewhere, -1)
-        return Deposition(tap, suspicion, ease, near, apart, elsewhere, company.clear)
+        return Deposition(tap, suspicion, ease, near, groups, elsewhere, company.clear)
 
     def tapped(self, job: Job, name: str) -> Tap:
         """A fresh network of the run's kind, cut where a witness ends."""
