@@ -204,14 +204,14 @@ MANIFESTS: dict[str, tuple[str | bytes, str]] = {
     "path with a formula": (HEAD + "\"=cmd|' /C calc'!A0\",a\n", "1 of 1 files.*=cmd"),
     "label of 5,000 characters": (HEAD + f"cat/0.png,{'a' * 5000}\n", "name of 5,000 characters"),
     "quote that never ends": (HEAD + '"cat/0.png,a\n', "line 2 has no path or no label"),
-    "bytes that are no text": (HEAD.encode() + b"\xff\xfe,a\n", "as a CSV file"),
-    "UTF-16": ("path,label\ncat/0.png,a\n".encode("utf-16"), "as a CSV file"),
+    "bytes that are no text": (HEAD.encode() + b"\xff\xfe,a\n", "it is not UTF-8 text"),
+    "UTF-16": ("path,label\ncat/0.png,a\n".encode("utf-16"), "it is not UTF-8 text"),
     "two columns called path": ("path,path,label\ncat/0.png,/etc/passwd,a\n", "has the column path twice"),
     "a hundred thousand columns": (
         "path,label" + ",x" * 100_000 + "\n" + "cat/bad.png,a\n" * 2,
         "line 3 names 'cat/bad.png' a second time",
     ),
-    "only separators": (",,,,\n" * 1000, "columns path and label"),
+    "only separators": (",,,,\n" * 1000, "needs the column label, beside path"),
     "one file twice": (HEAD + "cat/0.png,a\ncat/./0.png,b\n", "a second time"),
     "image of 60000x60000": (HEAD + "cat/bad.png,a\ndog/0.png,b\n", HUGE),
 }

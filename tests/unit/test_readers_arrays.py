@@ -153,6 +153,10 @@ def test_one_class_and_no_samples(path):
         check_trainable(load(save(path, x=IMAGES, y=Y * 0)).train)
     with pytest.raises(InputError, match="no samples"):
         check_trainable(load(save(path, x=IMAGES[:0], y=Y[:0])).train)
+    measured = np.arange(30)
+    with pytest.raises(InputError, match="30 classes among 30 training samples: labels that differ"):
+        check_trainable(load(save(path, x=np.zeros((30, 1, 5), np.float32), y=measured)).train)
+    check_trainable(load(save(path, x=np.zeros((60, 1, 5), np.float32), y=np.repeat(measured, 2))).train)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04garbage" * 9])

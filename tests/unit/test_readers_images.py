@@ -176,6 +176,9 @@ def test_manifest(folder):
     assert splits.test is not None and splits.test.y.tolist() == [1]
     manifest.write_text("path,label\ncat/a.png,x\ndog/a.png,y\n")
     assert torch.equal(load(manifest).train.x, splits.train.x) and load(manifest).test is None
+    for other in ("\nPath, Label\ncat/a.png,x\ndog/a.png,y\n,\n", "label;path\nx;cat/a.png\ny;dog/a.png\n"):
+        manifest.write_text(other)
+        assert load(manifest).train.fingerprint() == splits.train.fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_class_folders_of_tables(folder):
         ("dates.csv", "Timestamp,x\n2026-01-01 00:00,1\n2026-01-01 00:01,2\n", ("x",), [[1, 2]]),
         ("pandas.csv", ",x,y\n0,1,10\n1,2,20\n", ("x", "y"), [[1, 2], [10, 20]]),
         ("pandas_unnamed.csv", ",0,1\n0,1,10\n1,2,20\n", ("0", "1"), [[1, 2], [10, 20]]),
+        ("pandas_bare.csv", "0,1,2\n1,10,5\n2,20,6\n", ("0", "1", "2"), [[1, 2], [10, 20], [5, 6]]),
+        ("pandas_again.csv", "Unnamed: 0,x,y\n0,1,10\n1,2,20\n", ("x", "y"), [[1, 2], [10, 20]]),
         ("mark_of_order.csv", "\ufeffx,y\n1,10\n2,20\n", ("x", "y"), [[1, 2], [10, 20]]),
     ],
 )
@@ -172,7 +174,8 @@ def test_limits_of_a_line_and_of_channels(folder, monkeypatch):
     with pytest.raises(InputError, match="a line has more than 50 characters"):
         load(folder)
     monkeypatch.setattr(recordings, "MAX_CHANNELS", 1)
-    with pytest.raises(InputError, match=r"3 of 3 files .*it has 2 channels, more than 1"):
+    np.save(folder / "run" / "d.npy", np.zeros((2, 3)))
+    with pytest.raises(InputError, match=r"4 of 4 files .*it has 2 channels, more than 1"):
         load(folder)
 
 

@@ -48,9 +48,11 @@ def test_rows_of_one_id_are_the_steps_of_a_series_wherever_they_stand(table):
         "t0,t1,t2,label\n1,2,3,walk\n-1,.5,NA,run\n\n4,5,6,walk\n",
         "\ufefflabel,t0,t1,t2\r\nwalk,1,2,3\r\nrun,-1,0.5,nan\r\nwalk,4,5,6\r\n",
         ",label,t0,t1,t2\n0,walk,1,2,3\n1,run,-1,0.5,\n2,walk,4,5,6\n",
+        "Unnamed: 0,label,t0,t1,t2\n7,walk,1,2,3\n8,run,-1,0.5,\n9,walk,4,5,6\n",
         "label,id,t0,t1,t2\nwalk,0,1,2,3\nrun,1,-1,0.5,\nwalk,2,4,5,6\n",
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*called Unnamed")
 def test_the_same_table_in_other_hands(table, tmp_path, text):
     assert load(write(table, text)).train.fingerprint() == load(write(tmp_path / "w.csv", WIDE)).train.fingerprint()
 
@@ -60,6 +62,18 @@ def test_columns_that_say_when_are_left_out_and_told(table):
     with pytest.warns(LeftOut, match="columns called Time are not read"):
         splits = load(write(table, text))
     assert splits.train.spec.shape == (2, 3) and "Time" in splits.notes[0]
+
+
+def test_numbers_as_labels_are_classes_by_their_value(table):
+    splits = load(write(table, "label,split,a,b\n1.0,,1,2\n2.0,,3,4\n1,test,5,6\n"))
+    assert splits.train.spec.classes == ("1", "2") and splits.test.y.tolist() == [0]
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("utf-16", WIDE), ("cp1252", WIDE.replace("walk", "f\u00fcr"))])
+def test_other_encodings_are_named(table, encoding, text):
+    table.write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match="it is not UTF-8 text; save it as UTF-8"):
+        load(table)
 
 
 def test_splits_and_test_files(table, tmp_path):
@@ -72,8 +86,13 @@ def test_splits_and_test_files(table, tmp_path):
     assert load(plain, test=table).test.x.tolist() == [[[3, 4]], [[7, 8]]], "its test series"
     long = write(tmp_path / "long.csv", "id,label,a,b\np,x,1,2\np,x,3,4\n")
     assert load(long, test=long).test.x.tolist() == [[[1, 3], [2, 4]]]
-    with pytest.raises(InputError, match=r"held\.csv has other channels than"):
+    with pytest.raises(InputError, match=r"held\.csv has other columns than"):
         load(long, test=held)
+    with pytest.raises(InputError, match=r"plain\.csv has other columns than"):
+        load(write(tmp_path / "turned.csv", "label,b,a\nx,1,2\ny,3,4\n"), test=plain)
+    twice = write(tmp_path / "twice.csv", "id,label,a,b\np,x,1,2\nq,y,3,4\nq,y,3,4\n")
+    with pytest.raises(InputError, match=r"twice\.csv: the id 'q' stands in 2 rows"):
+        load(plain, test=twice)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +114,9 @@ def test_splits_and_test_files(table, tmp_path):
         ("label,t0,t1\na,1,2\nb,1e300,2\n", "sample '1' holds infinite values"),
         ("label,t0,t1,t2\na,1,,2\n", r"sample '0' holds missing values .*--missing"),
         ('label,t0\n"a,1\n', "cannot read"),
+        ("id,label,t0,t1\np,a,1,2\nq,b,3,4\nr,a,5,6\nq,b,3,4\n", "the id 'q' stands in 2 rows, most others in one"),
+        ('id,label,t0,t1\n"p\nq",a,1,2\nr,b,high,2\n', "line 4: 'high' is no number"),
+        ("label,t0,t1\nnan,1,2\nb,3,4\n", "holds a series without a label"),
     ],
 )
 def test_bad_tables(table, text, gist):
@@ -112,7 +134,7 @@ def test_limits(table, monkeypatch):
         load(write(table, WIDE))
     monkeypatch.setattr(limits, "memory", lambda: 40)
     with pytest.raises(InputError, match=r"table.csv would take .* GiB of memory"):
-        load(write(table, LONG))
+        load(write(table, "label,a,b\nx,1,2\n"))
 
 
 def test_options_of_images_are_refused(table):
@@ -128,6 +150,8 @@ def test_samples_for_a_model_with_and_without_labels(table):
     assert names == ["walk", "run", "walk"] and data.lengths.tolist() == [3, 2, 3]
     data, names = load_samples(write(table, "id,t0,t1,t2\nfirst,1,2,3\nsecond,4,5,6\n"), spec)
     assert names is None and list(data.ids) == ["first", "second"] and data.x.tolist() == [[[1, 2, 3]], [[4, 5, 6]]]
+    data, names = load_samples(write(table, "label,split,t0,t1,t2\n,test,1,2,3\n,test,4,5,6\n"), spec)
+    assert names is None and len(data) == 2
     data, names = load_samples(write(table, "t0\n1\n2\n3\n"), spec)
     assert names is None and torch.equal(data.x, torch.tensor([[[1.0, 2, 3]]])), "one recording"
 

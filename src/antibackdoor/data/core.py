@@ -201,6 +201,10 @@ class Truth:
     targets: Tensor
 
 
+MANY_CLASSES = 20
+"""So many may have hardly more than a sample each, in a set of a few; of more, that is a mistake."""
+
+
 def check_trainable(data: Data, test: Data | None = None) -> None:
     """Refuse what nothing can be learned from, in one sentence: no samples, one class, series of length 1, NaN.
 
@@ -212,6 +216,11 @@ def check_trainable(data: Data, test: Data | None = None) -> None:
     if len(present) < 2:
         only = data.spec.classes[int(present[0])]
         raise InputError(f"all {len(data)} training samples belong to one class ({only!r}); at least two are needed.")
+    if len(present) > max(MANY_CLASSES, len(data) / 2):
+        raise InputError(
+            f"there are {len(present):,} classes among {len(data):,} training samples: labels that differ from sample "
+            "to sample are no classes; give the class of each (of a measured value, its range)."
+        )
     lacking = [] if test is None else sorted(set(present.tolist()) - set(test.y.tolist()))
     if lacking:
         more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""

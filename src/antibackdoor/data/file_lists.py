@@ -12,10 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from antibackdoor.data.copies import stamp
 from antibackdoor.data.labels import TEST_NAMES
+from antibackdoor.data.text import header_of, opened
 from antibackdoor.errors import InputError, LeftOut, visible
-from antibackdoor.limits import MAX_SAMPLE, MAX_TEXT, containment, refuse_special
+from antibackdoor.limits import MAX_SAMPLE, containment, refuse_beyond_memory, refuse_special
 
 MAX_DEPTH = 64
+LISTED, LOOK = 512, 4096
+"""Bytes of memory that a listed file takes; after how many it is looked at."""
 CLUTTER = {"thumbs.db", "desktop.ini"}
 
 
@@ -115,12 +118,7 @@ def unlabeled(path: Path) -> FileList:
 
 def is_manifest(path: Path) -> bool:
     """Whether a CSV file names other files."""
-    refuse_special(path, MAX_TEXT)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return {"path", "label"} <= set(next(csv.reader([file.readline(MAX_SAMPLE)]), []))
-    except (OSError, ValueError, csv.Error):
-        return False
+    return {"path", "label"} <= set(header_of(path))
 
 
 def has_class_folders(path: Path) -> bool:
@@ -175,25 +173,16 @@ def _list_manifest(path: Path) -> tuple[FileList, FileList]:
     folder = path.parent
     train, test, seen = FileList(folder), FileList(folder), set()
     contained = containment(folder)
-    refuse_special(path, MAX_TEXT)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            columns = next(rows, [])
-            if not {"path", "label"} <= set(columns):
-                raise InputError(
-                    f"{path} needs a header line with the columns path and label; "
-                    f"it has {', '.join(sorted(set(columns))) or 'none'}."
-                )
+        with opened(path) as (_, rows):
+            columns = [name.strip().casefold() for name in next(rows, (1, []))[1]]
             at = {name: columns.index(name) for name in ("path", "label", "split") if name in columns}
             twice = next((name for name in at if columns.count(name) > 1), None)
             if twice is not None:
                 raise InputError(f"{path} has the column {twice} twice; one is needed.")
-            for row in rows:
-                if not row:
-                    continue
+            for line, row in rows:
                 found = {name: row[place] if place < len(row) else "" for name, place in at.items()}
-                where, given, label = f"{path} line {rows.line_num}", found["path"], found["label"].strip()
+                where, given, label = f"{path} line {line}", found["path"], found["label"].strip()
                 split = found.get("split", "").strip() or "train"
                 if not given or not label:
                     raise InputError(f"{where} has no path or no label.")
@@ -205,6 +194,8 @@ def _list_manifest(path: Path) -> tuple[FileList, FileList]:
                 if name in seen:
                     raise InputError(f"{where} names {given!r} a second time; a file can be listed only once.")
                 seen.add(name)
+                if len(seen) % LOOK == 0:
+                    refuse_beyond_memory(path, LISTED * len(seen))
                 (train if split == "train" else test).add(str(name), label)
     except InputError:
         raise

@@ -187,8 +187,8 @@ def load_samples(
     """Samples for a model that takes `spec`, and the names of their labels where they have any.
 
     source: as for `load` (of a set that has one, the test set), and what needs no labels: a folder of image files or of
-    recordings, one such file, or an `.npz` with x only. Classes may be others than the model's. Images are resized to
-    its size.
+    recordings, one such file (but no `.tsv`, whose lines are series with labels), or an `.npz` with x only. Classes may
+    be others than the model's. Images are resized to its size.
     """
     path = _inside(Path(source))
     size = (spec.shape[2], spec.shape[1]) if spec.kind == "image" else (0, 0)

@@ -7,7 +7,8 @@ import warnings
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from antibackdoor.data.core import Splits
 from antibackdoor.data.file_lists import FileList
 from antibackdoor.data.npy import read_array
 from antibackdoor.data.series import Floats, Missing, from_cases
-from antibackdoor.data.text import NO_CHANNEL, number, numbers, rows_of
+from antibackdoor.data.text import NO_CHANNEL, number, numbers, opened
 from antibackdoor.errors import InputError, LeftOut, leave_out, visible
-from antibackdoor.limits import MAX_CHANNELS, refuse_beyond_memory
+from antibackdoor.limits import MAX_CHANNELS, ROW_COST, refuse_beyond_memory
 
 EXTENSIONS = (".csv", ".tsv", ".txt", ".npy")
 
@@ -40,7 +41,7 @@ class Recording:
 def read_recording(path: Path) -> Recording:
     """A `.npy` of `(length,)` or `(channels, length)`, or a text: a line a time step, a column a channel.
 
-    Columns are parted as `rows_of` says. A first line that is not all numbers names them, and those in `NO_CHANNEL` are
+    Columns are parted as `opened` says. A first line that is not all numbers names them, and those in `NO_CHANNEL` are
     left out. One line of numbers alone is one channel. Raises ValueError, and OSError, that say what is wrong.
     """
     with np.errstate(over="ignore"):  # infinite values are refused with all that is refused in series
@@ -51,19 +52,19 @@ def read_recording(path: Path) -> Recording:
                     "numbers of shape (length,) or (channels, length) are needed, "
                     f"got {values.dtype} of shape {values.shape}"
                 )
-            values = np.atleast_2d(values).astype(np.float32)
-            return Recording(tuple(map(str, range(len(values)))), values)
+            values = np.atleast_2d(values)
+            _refuse_channels(len(values))
+            return Recording(_numbered(len(values)), values.astype(np.float32))
         return _read_text(path)
 
 
 def _read_text(path: Path) -> Recording:
     values, keep, header, count, width = array("f"), list[int](), list[str](), 0, 0
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        comma, rows = rows_of(file)
+    with opened(path) as (comma, rows):
         for place, row in rows:
             if not width:
                 header, width = _header(row), len(row)
-                keep = [k for k in range(width) if not header or header[k].casefold() not in NO_CHANNEL]
+                keep = [k for k in range(width) if not header or not NO_CHANNEL.fullmatch(header[k])]
                 if not keep:
                     raise ValueError(f"none of its columns ({', '.join(header)[:200]}) is a channel")
                 if header:
@@ -79,17 +80,30 @@ def _read_text(path: Path) -> Recording:
         raise ValueError("it holds no values")
     if count == 1 and not header:
         keep, count = [0], len(keep)
-    if len(keep) > MAX_CHANNELS:
-        raise ValueError(f"it has {len(keep):,} channels, more than {MAX_CHANNELS:,}")
-    names = [header[k] for k in keep] if header else map(str, range(len(keep)))
-    left_out = tuple(name for name in header if name and name.casefold() in NO_CHANNEL)
-    return Recording(tuple(names), np.array(values, np.float32).reshape(count, len(keep)).T, left_out)
+    _refuse_channels(len(keep))
+    names = tuple(header[k] for k in keep) if header else _numbered(len(keep))
+    left_out = tuple(name for name in header if name and NO_CHANNEL.fullmatch(name))
+    return Recording(names, np.array(values, np.float32).reshape(count, len(keep)).T, left_out)
 
 
 def _header(row: Sequence[str]) -> list[str]:
-    """The names of the columns, if a first line holds them: words, or what pandas calls columns without a name."""
-    counted = row[0] == "" and row[1:] == list(map(str, range(len(row) - 1)))
+    """The names of the columns, if a first line holds them: words, or what pandas calls columns without a name.
+
+    Without an index beside them these look like values, but three that count from 0 hardly are.
+    """
+    index = row[0] == ""
+    counted = (index or len(row) > 2) and list(row[index:]) == list(map(str, range(len(row) - index)))
     return [name.strip() for name in row] if counted or not all(map(_is_number, row)) else []
+
+
+@cache
+def _numbered(channels: int) -> tuple[str, ...]:
+    return tuple(map(str, range(channels)))
+
+
+def _refuse_channels(count: int) -> None:
+    if count > MAX_CHANNELS:
+        raise ValueError(f"it has {count:,} channels, more than {MAX_CHANNELS:,}")
 
 
 def _is_number(text: str) -> bool:
@@ -126,6 +140,7 @@ def load_unlabeled(
 def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list[Floats]], list[list[int]]]:
     """The recordings of each list, and their row numbers in it."""
     found, bad, there = list[tuple[int, int, Recording]](), list[str](), 0
+    known = dict[tuple[str, ...], tuple[str, ...]]()  # the names of channels are the same in most, and kept once
     for part, files in enumerate(lists):
         for row, name in enumerate(files.ids):
             try:
@@ -135,6 +150,9 @@ def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list
             except (OSError, ValueError, csv.Error) as error:
                 bad.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200].rstrip('.')}")
             else:
+                if one.channels not in known:
+                    there += ROW_COST * len(one.channels)
+                one = replace(one, channels=known.setdefault(one.channels, one.channels))
                 found.append((part, row, one))
                 there += one.values.nbytes
                 refuse_beyond_memory(where, there)

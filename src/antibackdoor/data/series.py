@@ -135,12 +135,7 @@ def _table(path: Path) -> tuple[Cases, list[str]]:
         labels.append(label.strip().strip('"'))
     if not cases:
         raise InputError(f"{path} holds no series.")
-    try:
-        return cases, [_class_name(float(label), path) for label in labels]
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        return cases, [_class_name(label, path) for label in labels]
+    return cases, class_names(labels, path)
 
 
 def _check_lines(path: Path, kind: str) -> None:
@@ -177,6 +172,15 @@ def _check_lines(path: Path, kind: str) -> None:
             raise InputError(f"{path} line {place} declares {wide:,} values in {len(line):,} characters.")
         rows, longest = rows + 1, max(longest, len(label))
     refuse_growth(f"the labels of {path}, all as long as the longest,", 4 * rows * longest, path.stat().st_size)
+
+
+def class_names(labels: Sequence[str], path: Path) -> list[str]:
+    """Of labels as they stand in a table: of numbers, 1 and 1.0 are the same class. InputError where one is missing."""
+    try:
+        given: list[object] = [float(label) for label in labels]
+    except ValueError:
+        given = list(labels)
+    return [_class_name(label, path) for label in given]
 
 
 def _class_name(label: object, path: Path) -> str:

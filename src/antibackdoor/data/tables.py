@@ -13,17 +13,17 @@ import numpy as np
 
 from antibackdoor.data.core import Splits
 from antibackdoor.data.labels import TEST_NAMES
-from antibackdoor.data.series import Missing, from_cases
-from antibackdoor.data.text import NO_CHANNEL, numbers, rows_of
+from antibackdoor.data.series import Missing, class_names, from_cases
+from antibackdoor.data.text import NO_CHANNEL, header_of, numbers, opened
 from antibackdoor.errors import InputError, LeftOut, visible
-from antibackdoor.limits import MAX_CHANNELS, MAX_STEPS, MAX_TEXT, ROW_COST, refuse_beyond_memory, refuse_special
+from antibackdoor.limits import MAX_CHANNELS, MAX_STEPS, ROW_COST, refuse_beyond_memory
 
 NAMED = ("id", "label", "split")
 """Columns that hold no values: their names, without regard to case."""
 UNKNOWN = "?"
 """The label of all series of a table without labels."""
-LOOK = 4096
-"""Rows after which what they take of the memory is looked at."""
+LOOK = 2**26
+"""Bytes after which what they take of the memory is looked at."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,32 @@ class _Columns:
         twice = next((name for name in at if low.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"it has the column {twice} twice; one is needed")
-        values = {k: names[k] for k in range(len(names)) if low[k] not in NAMED and low[k] not in NO_CHANNEL}
-        return cls(len(names), at, values, tuple(name for name in names if name and name.casefold() in NO_CHANNEL))
+        values = {k: names[k] for k in range(len(names)) if low[k] not in NAMED and not NO_CHANNEL.fullmatch(low[k])}
+        return cls(len(names), at, values, tuple(name for name in names if name and NO_CHANNEL.fullmatch(name)))
 
-    def repeat(self, found: dict[str, _Series]) -> bool:
-        """Whether a series has several rows."""
-        return any(len(one.values) > len(self.values) for one in found.values())
+    def channels(self, found: dict[str, _Series], path: Path) -> int:
+        """One where each row is a series, else the columns. InputError where only the fewer ids stand in several rows.
 
-    def add(self, found: dict[str, _Series], row: Sequence[str], unnamed: str, comma: bool) -> None:
+        One id that stands twice by mistake would else make channels of what are time steps.
+        """
+        rows = {name: len(one.values) // len(self.values) for name, one in found.items()}
+        several = [name for name in rows if rows[name] > 1]
+        if several and 2 * len(several) <= len(rows):
+            raise InputError(
+                f"{path}: the id {several[0]!r} stands in {rows[several[0]]} rows, most others in one; where each "
+                "row is a series it needs an id of its own."
+            )
+        if several and len(self.values) > MAX_CHANNELS:
+            raise InputError(f"{path} has {len(self.values):,} channels, more than {MAX_CHANNELS:,}.")
+        return len(self.values) if several else 1
+
+    def add(self, found: dict[str, _Series], row: Sequence[str], unnamed: str, comma: bool, unlabeled: bool) -> None:
         """One row, to the series of its id; ValueError that says what is wrong with it."""
         if len(row) != self.width:
             raise ValueError(f"it has {len(row):,} cells, the first line {self.width:,}")
         told = {name: row[k].strip() for name, k in self.at.items()}
         name, label, split = told.get("id", unnamed), told.get("label", UNKNOWN), told.get("split") or "train"
+        label = label or UNKNOWN * unlabeled
         if not name or not label:
             raise ValueError(f"it has no {'label' if name else 'id'}")
         if split != "train" and split not in TEST_NAMES:
@@ -82,14 +95,8 @@ class _Columns:
 
 
 def is_table(path: Path) -> bool:
-    """Whether the first line of a CSV file has a column `label` or `id`."""
-    refuse_special(path, MAX_TEXT)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            _, header = next(rows_of(file)[1], (1, []))
-            return not {"id", "label"}.isdisjoint(_Columns.of(header).at)
-    except (OSError, ValueError, csv.Error):
-        return False
+    """Whether the first row of a CSV file names a column `label` or `id`."""
+    return not {"id", "label"}.isdisjoint(header_of(path))
 
 
 def load_table(path: Path, *, test: Path | None = None, missing: Missing = "refuse", unlabeled: bool = False) -> Splits:
@@ -108,32 +115,29 @@ def load_table(path: Path, *, test: Path | None = None, missing: Missing = "refu
     if test is not None:
         theirs, more = _read(test, unlabeled)
         held = {name: one for name, one in more.items() if one.split != "train"} or more
+    elif unlabeled and not train:
+        train, held = held, {}
     if not train:
         raise InputError(f"{path} holds no training series.")
-    parts = [part for part in (train, held) if part]
-    channels = 1
-    if columns.repeat(train) or theirs.repeat(held):
-        channels = len(columns.values)
-        if list(theirs.values.values()) != list(columns.values.values()):
-            raise InputError(f"{test} has other channels than {path}; both need the same, in the same order.")
-    if channels > MAX_CHANNELS:
-        raise InputError(f"{path} has {channels:,} channels, more than {MAX_CHANNELS:,}.")
+    channels = columns.channels(train, path)
+    if channels == 1:
+        theirs.channels(held, test or path)
+    ours, others = list(columns.values.values()), list(theirs.values.values())
+    if ours != others and (channels > 1 or sorted(ours) == sorted(others)):
+        raise InputError(f"{test} has other columns than {path}; both need the same, in the same order.")
     with np.errstate(over="ignore"):  # infinite values are refused with all that is refused in series
-        cases = [[np.array(one.values).reshape(-1, channels).T for one in part.values()] for part in parts]
-    labels = [[one.label for one in part.values()] for part in parts]
-    tested = (cases[1], labels[1]) if held else ()
-    return from_cases(
-        cases[0], labels[0], *tested, missing=missing, where=str(path), ids=[list(part) for part in parts]
-    )
+        cases = [[np.array(one.values).reshape(-1, channels).T for one in part.values()] for part in (train, held)]
+    names = class_names([one.label for part in (train, held) for one in part.values()], path)
+    more_cases = (cases[1], names[len(train) :]) if held else ()
+    ids = [list(part) for part in (train, held)]
+    return from_cases(cases[0], names[: len(train)], *more_cases, missing=missing, where=str(path), ids=ids)
 
 
 def _read(path: Path, unlabeled: bool) -> tuple[_Columns, dict[str, _Series]]:
     """The columns of a file, and its series by id, or by the number of the row."""
-    refuse_special(path, MAX_TEXT)
-    found, taken = dict[str, _Series](), 0
+    found, taken, seen = dict[str, _Series](), 0, 0
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            comma, rows = rows_of(file)
+        with opened(path) as (comma, rows):
             columns = _Columns.of(next(rows, (1, []))[1])
             if "label" not in columns.at and not unlabeled:
                 raise ValueError(
@@ -141,14 +145,16 @@ def _read(path: Path, unlabeled: bool) -> tuple[_Columns, dict[str, _Series]]:
                 )
             if not 1 <= len(columns.values) <= MAX_STEPS:
                 raise ValueError(f"it has {len(columns.values):,} columns of values; 1 to {MAX_STEPS:,} can be read")
-            for count, (place, row) in enumerate(rows):
+            for count, (line, row) in enumerate(rows):
                 try:
-                    columns.add(found, row, str(count), comma)
+                    columns.add(found, row, str(count), comma, unlabeled)
                 except ValueError as error:
-                    raise ValueError(f"line {place}: {error}") from None
-                taken += 4 * len(columns.values)
-                if count % LOOK == 0:
-                    refuse_beyond_memory(path, taken + ROW_COST * len(found))
+                    raise ValueError(f"line {line}: {error}") from None
+                taken += 4 * len(columns.values) + ROW_COST
+                if taken - seen > LOOK:
+                    seen = taken
+                    refuse_beyond_memory(path, taken)
+            refuse_beyond_memory(path, taken)
     except InputError:
         raise
     except (OSError, ValueError, csv.Error) as error:
