@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.groups import FIRM
 from antibackdoor.training.job import Job
+from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, top, within
 from antibackdoor.verdict import decide, told_of
 
@@ -86,7 +87,7 @@ def deposed(suspicion: Tensor, ease: Tensor, apart: Tensor, clear: float = 9.0) 
 class Court:
     """A hearing on 40 toy images, ten of each class; the last five of each class are the most suspicious."""
 
-    def __init__(self, apart: Sequence[int] = (), clear: float = 9.0, **given: float):
+    def __init__(self, apart: Sequence[int] = (), clear: float = 9.0, **given: Any):
         self.data = toy_images(40)
         self.given = self.data.y
         self.place = torch.stack([(self.given[:i] == self.given[i]).sum() for i in range(40)])
@@ -769,6 +770,13 @@ def test_when_the_others_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert heard == [] and told == {"main_loss": 2.0, "used": 0.3}
     objective.after_epoch(court.job.model(), epochs // 2, records)
     assert heard == [epochs // 2]
+
+
+@pytest.mark.parametrize(("epochs", "first"), [(1, 2.0), (4, 2.0), (8, 2.0), (10, 2.5), (40, 10.0)])
+def test_of_a_long_training_half_as_large_a_share_goes_by_before_the_hearing(epochs: int, first: float) -> None:
+    """40 samples in batches of 16 are 3 steps; 12 steps are 4 epochs."""
+    court = Court(hearing=0.5, main=Recipe(epochs=epochs, min_steps=12, batch_size=16))
+    assert court.hearing.first == first
 
 
 def test_the_averaged_model_is_the_one_that_answers() -> None:

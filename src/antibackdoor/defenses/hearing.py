@@ -34,8 +34,11 @@ class Hearing(Objective):
     def __init__(self, options: Jury, job: Job, model: nn.Module, deposition: Deposition):
         self.options, self.job, self.deposition = options, job, deposition
         self.given = job.data.y.cpu()
-        last = job.recipe(options.main).epochs_for(len(self.given))
-        self.first = options.hearing * last
+        main = job.recipe(options.main)
+        last, shortest = (recipe.epochs_for(len(self.given)) for recipe in (main, replace(main, epochs=1)))
+        # The trusted are learned in a number of steps, however small a share of a long training these are; but a model
+        # is not asked while its learning rate is so high that it wavers.
+        self.first = options.hearing * max(shortest, last / 2)
         self.judgement = Judgement(options, self.given, len(job.data.spec.classes), deposition, last)
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
         self.partitions: list[Partition] = []

@@ -53,7 +53,8 @@ class Jury(Defense):
     3. The `trusted` share of each class with the least suspicion trains the model, under strong augmentation, in which
        a few leaked triggers are not learned; it ends with the hearing, unless a class is attacked whose poison was not
        set apart.
-    4. `Judgement`: after `hearing` of the epochs the model answers, anew after each epoch, for all samples. A class is
+    4. `Judgement`: after `hearing` of the epochs that make `main.min_steps`, or after half of that share of a training
+       twice as long, and longer, the model answers, anew after each epoch, for all samples. A class is
        attacked if samples of it were set apart, unless they were so none too clearly and the model agrees with their
        label; if the model denies a group together, its doubt shared as in 2; or if it confidently takes more than
        `acquittal` of the class for others (lower end of the Wilson interval). Odd but clean samples are denied, too:
@@ -91,7 +92,10 @@ class Jury(Defense):
     trusted: Annotated[float, Field(gt=0, le=1, description="share of each class that is trusted from the start")] = (
         0.35
     )
-    hearing: Annotated[Share, Field(description="share of the epochs before the others are heard")] = 0.4
+    hearing: Annotated[
+        Share,
+        Field(description="share of the fewest epochs that there may be before the others are heard; of many, half"),
+    ] = 0.4
     confidence: Annotated[Share, Field(description="of an answer that counts against the given label")] = 0.9
     acquittal: Annotated[Share, Field(description="a class of which more is taken for others may be attacked")] = 0.03
     denial: Annotated[
