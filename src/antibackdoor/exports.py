@@ -34,14 +34,15 @@ def export_run(folder: Path, out: Path, table: Table = "suspects") -> str:
     if ending not in ENDINGS:
         raise InputError(f"{out} should end in one of {', '.join(ENDINGS)}.")
     check_replaceable(out, ["id", "label"] if table == "suspects" else ["id", "is_backdoor_issue"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     if ending == ".onnx":
         model, spec = load_model(folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
         export_onnx(model, spec, out)
         return f"the model, checked against ONNX Runtime, in {out}"
     rows = read_suspects(folder)
     if table == "issues":
         rows = issues_table(rows, sorted(rows["id"])).reset_index()
+    out.parent.mkdir(parents=True, exist_ok=True)
     if ending == ".csv":
         write_csv(out, rows)
     else:

@@ -145,7 +145,7 @@ def check_free(out: Path) -> None:
 def check_replaceable(out: Path, columns: Sequence[str]) -> None:
     """Refuse to write a file over anything but what the same command may have written there before.
 
-    That is a CSV table that begins with these columns, or a file whose ending is in `REPLACED`.
+    That is a CSV table that begins with these columns; of other files nobody can tell as soon.
     """
     if out.is_dir():
         raise InputError(f"{out} is a folder; give the name of a file to write.")
@@ -156,12 +156,8 @@ def check_replaceable(out: Path, columns: Sequence[str]) -> None:
             first = file.readline(1000).decode("utf-8", "replace").strip()
         if first and first.replace('"', "").split(",")[: len(columns)] != list(columns):
             raise InputError(f"{out} is there already and is no such table; choose another name, or remove it first.")
-    elif out.suffix.lower() not in REPLACED:
+    else:
         raise InputError(f"{out} is there already; choose another name, or remove it first.")
-
-
-REPLACED = (".parquet", ".onnx")
-"""Endings of files that are made again where they were made before."""
 
 
 LOCK = ".lock"

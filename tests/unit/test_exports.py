@@ -14,6 +14,7 @@ import torch
 import antibackdoor
 from antibackdoor.api import Result
 from antibackdoor.data.core import Splits
+from antibackdoor.data.folders import folder_names
 from antibackdoor.errors import InputError
 from antibackdoor.exports import export_onnx, export_run
 from antibackdoor.files import check_replaceable, write_csv
@@ -185,5 +186,24 @@ def test_tables_replace_their_like_and_nothing_else(tmp_path: Path) -> None:
     check_replaceable(ours, ["id", "label"])
     check_replaceable(tmp_path / "new.csv", ["id", "label"])
     (tmp_path / "photo.png").write_bytes(b"png")
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"data\.parquet is there already"):
+        check_replaceable(tmp_path / "data.parquet", ["id", "label"])
     with pytest.raises(InputError, match=r"photo\.png is there already"):
         check_replaceable(tmp_path / "photo.png", ["id", "predicted"])
+
+
+def test_class_names_become_folders_that_no_file_system_confuses() -> None:
+    assert folder_names(["x_-2", "x!", "x?"]) == ["x_-2", "x_", "x_-3"]
+    assert folder_names(["\u732b", "\u72ac", "../up", "a/b", "A_B", ""]) == [
+        "\u732b",
+        "\u72ac",
+        "_up",
+        "a_b",
+        "A_B-4",
+        "_",
+    ]
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    assert len(set(folder_names([composed, apart]))) == 2, "one name on some systems"
+    many = folder_names(["?"] * 3000 + [f"_-{k}" for k in range(3000)])
+    assert len({name.casefold() for name in many}) == 6000

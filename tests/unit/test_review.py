@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Splits
@@ -141,7 +142,8 @@ def test_exports_can_be_trained_on(files: Session, tmp_path: Path, form: str) ->
     files.decisions.decide([0, 1], "drop")
     files.decisions.decide([2], "relabel", "red")
     told = export(files, tmp_path / "out", form, "keep")  # type: ignore[arg-type]
-    assert told == "10 of 12 samples kept, 2 dropped, 1 relabeled"
+    beside = f"; labels.csv is to be put into {tmp_path / 'data'}, whose files it lists" if form == "csv" else ""
+    assert told == "10 of 12 samples kept, 2 dropped, 1 relabeled" + beside
     if form == "csv":
         (tmp_path / "out" / "labels.csv").rename(tmp_path / "data" / "labels.csv")
     place = {"npz": "out", "csv": "data/labels.csv", "folder": "out"}[form]
@@ -189,6 +191,43 @@ def test_recordings_leave_as_the_files_they_are(tmp_path: Path) -> None:
     assert sorted(again.ids) == sorted(kept.ids) and 0 < len(kept) < 20
     first = kept.ids[0]
     assert (tmp_path / "out" / "data" / first).read_bytes() == (tmp_path / "set" / first).read_bytes()
+
+
+def test_arrays_that_name_files_beside_them_are_no_files(tmp_path: Path) -> None:
+    """What was looked at is in the array; a file of the same name may hold anything."""
+    data = toy_images(20)
+    named = type(data)(data.x, data.y, data.spec, [f"n{k}.png" for k in range(20)])
+    write_npz(tmp_path / "set.npz", Splits(named))
+    for name in named.ids:
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    session = open_session(toy_run_of(load(tmp_path / "set.npz"), tmp_path / "run"))
+    export(session, tmp_path / "out", "folder")
+    again, kept = load(tmp_path / "out" / "data").train, session.cleaned().train
+    assert sorted(again.x.flatten(1).sum(1).tolist()) == sorted(kept.x.flatten(1).sum(1).tolist())  # type: ignore[attr-defined]
+
+
+def test_files_of_one_name_stay_apart(tmp_path: Path) -> None:
+    """Whatever numbers they are told apart by may be the name of another."""
+    places = ["cat/a-2.png", "cat/x/a.png", "cat/y/A.png", "cat/z/a.png", "dog/a.png", "dog/b.png", "dog/c.png"]
+    for shade, place in enumerate(places):
+        (tmp_path / "set" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / "set" / place)
+    session = open_session(toy_run_of(load(tmp_path / "set"), tmp_path / "run", flagged=0))
+    export(session, tmp_path / "out", "folder")
+    assert sorted(load(tmp_path / "out" / "data").train.x[:, 0, 0, 0].tolist()) == list(range(len(places)))
+
+
+def test_a_test_set_from_another_folder_leaves_from_there(tmp_path: Path) -> None:
+    for part, side in (("set", 0), ("held", 100)):
+        for k in range(8):
+            (tmp_path / part / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (side + k, 0, 0)).save(tmp_path / part / "ab"[k % 2] / f"{k}.png")
+    session = open_session(toy_run_of(load(tmp_path / "set", test=tmp_path / "held"), tmp_path / "run", flagged=0))
+    export(session, tmp_path / "out", "folder")
+    test = load(tmp_path / "out" / "data").test
+    assert test is not None and sorted(test.x[:, 0, 0, 0].tolist()) == list(range(100, 108))
+    with pytest.raises(InputError, match="held, out of reach of a list in"):
+        export(session, tmp_path / "list", "csv")
 
 
 HOSTILE = ["=1+1", "+cmd|' /C calc'!A0", "-2", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'quoted", '<img src=x>"', "ok"]

@@ -9,6 +9,7 @@ import typer
 
 from antibackdoor.cli.frame import DEFEND, app, examples
 from antibackdoor.cli.options import AsJson, Device, Quiet, Reading, flat, print_json
+from antibackdoor.errors import InputError
 
 
 @app.command(
@@ -44,6 +45,8 @@ def predict(
     from antibackdoor.files import check_replaceable, write_csv
     from antibackdoor.summary import predict_table
 
+    if out.suffix.lower() != ".csv":
+        raise InputError(f"{out} should end in .csv, which is what is written.")
     check_replaceable(out, ["id", "predicted", "probability"])
     table = predict_table(folder, data, device=device, **reading.given())
     out.parent.mkdir(parents=True, exist_ok=True)

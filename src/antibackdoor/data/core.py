@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -165,6 +166,7 @@ class Splits:
 
     source: the arguments of `load` that these were read with, as plain JSON values, so that they can be read again.
     name: what the user called the data, a path or a name; only shown. notes: sentences about what was not read.
+    files: where each sample was read from a file of its own, the folder that the ids of each part are relative to.
     """
 
     train: Data
@@ -172,6 +174,7 @@ class Splits:
     source: Mapping[str, Any] | None = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    files: tuple[Path, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.test is None:

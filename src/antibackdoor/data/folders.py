@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path, PurePath
 
 import torch
 from PIL import Image
@@ -34,15 +36,38 @@ def write_png(data: Data, row: int, path: Path) -> None:
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path)
 
 
+class Names:
+    """Names given out in one folder: different for every file system, be it one where letter case does not count."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.numbers: dict[str, Iterator[int]] = {}
+
+    def give(self, name: str, number: int) -> str:
+        """This name where it is free, else `name-number`, or with the next number that is free."""
+        given, path = name, PurePath(name)
+        while _key(given) in self.taken:
+            # Each number is tried once for a name, so that many names that are alike take no longer than others.
+            following = self.numbers.setdefault(_key(name), count(number))
+            given = f"{path.stem}-{next(following)}{path.suffix}"
+        self.taken.add(_key(given))
+        return given
+
+
+def _key(name: str) -> str:
+    """What names have in common that some file system takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
 def folder_names(classes: Sequence[str]) -> list[str]:
-    """Class names as folder names, different even where letter case does not count."""
-    names: list[str] = []
-    for number, name in enumerate(classes):
-        safe, taken = safe_name(name), {other.casefold() for other in names}
-        names.append(f"{safe}-{number}" if safe.casefold() in taken else safe)
-    return names
+    """Class names as folder names, all different."""
+    names = Names()
+    return [names.give(safe_name(name), number) for number, name in enumerate(classes)]
 
 
 def safe_name(text: str) -> str:
-    """Text from whoever made the data as a plain file name: no separators, no leading dot, not long."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[-60:] or "_"
+    """Text from whoever made the data as a plain file name: no separators, no leading dot, not long.
+
+    Letters and digits of all scripts stay; 60 of them take 240 bytes at most.
+    """
+    return re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", text))[-60:] or "_"

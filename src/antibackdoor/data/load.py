@@ -154,9 +154,11 @@ def _load(
         )
     lists = in_manifest(path, held) if kind == "manifest" else in_folder(path, held)
     if _of_images(lists):
-        return load_images(lists, path, image_size=image_size, skip_unreadable=skip_unreadable, memory_map=memory_map)
-    refuse_image_options(path, image_size, memory_map)
-    return load_recordings(lists, path, missing=missing, skip_unreadable=skip_unreadable)
+        splits = load_images(lists, path, image_size=image_size, skip_unreadable=skip_unreadable, memory_map=memory_map)
+    else:
+        refuse_image_options(path, image_size, memory_map)
+        splits = load_recordings(lists, path, missing=missing, skip_unreadable=skip_unreadable)
+    return replace(splits, files=tuple(files.root for files in lists))
 
 
 def _of_images(lists: Sequence[FileList]) -> bool:

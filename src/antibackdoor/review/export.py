@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from antibackdoor.data.arrays import write_npz
 from antibackdoor.data.core import Data, Splits
-from antibackdoor.data.folders import folder_names, write_class_folders
+from antibackdoor.data.folders import Names, folder_names, write_class_folders
 from antibackdoor.errors import InputError, unknown
 from antibackdoor.files import HARMFUL, at_once, csv_cell
 from antibackdoor.review.decisions import Undecided
@@ -36,28 +37,23 @@ def export(session: Session, out: Path, form: Form, undecided: Undecided = "drop
         raise unknown("format", form, FORMS)
     stays, labels = session.decisions.cleaned(session.flagged, session.suggested, undecided)
     cleaned = session.cleaned(undecided)
+    files = session.splits.files
+    if form == "csv" and len(set(files)) > 1:
+        raise InputError(
+            f"the test set lies in {files[1]}, out of reach of a list in {files[0]}; export a folder or npz."
+        )
     with at_once(out, replace=replace) as part:
         if form == "npz":
             write_npz(part / "data.npz", cleaned)
         elif form == "csv":
-            _write_manifest(part / "labels.csv", cleaned, "path" if _files(session) else "id")
+            _write_manifest(part / "labels.csv", cleaned, "path" if files else "id")
         else:
-            _write_folder(part / "data", cleaned, _files(session))
+            _write_folder(part / "data", cleaned, files)
         _write_lists(part, session, stays, labels)
     changed = int((labels != session.data.y.cpu().numpy())[stays].sum())
-    return (
-        f"{int(stays.sum()):,} of {len(stays):,} samples kept, {int((~stays).sum()):,} dropped, {changed:,} relabeled"
-    )
-
-
-def _files(session: Session) -> Path | None:
-    """The folder that the ids are relative to, where each sample was read from a file of its own."""
-    told = (session.splits.source or {}).get("source")
-    if not isinstance(told, str):
-        return None
-    root = Path(told) if Path(told).is_dir() else Path(told).parent
-    root = root / "data" if (root / "attack.json").is_file() and (root / "data").is_dir() else root
-    return root if (root / session.data.ids[0]).is_file() else None
+    beside = f"; labels.csv is to be put into {files[0]}, whose files it lists" if form == "csv" and files else ""
+    counts = f"{int(stays.sum()):,} of {len(stays):,} samples kept, {int((~stays).sum()):,} dropped"
+    return f"{counts}, {changed:,} relabeled{beside}"
 
 
 def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
@@ -78,34 +74,30 @@ def _write_manifest(path: Path, cleaned: Splits, first: str) -> None:
             table.writerows([name, label, split] for name, label in zip(data.ids, names, strict=True))
 
 
-def _write_folder(root: Path, cleaned: Splits, files: Path | None) -> None:
-    if files is None and cleaned.train.spec.kind != "image":
+def _write_folder(root: Path, cleaned: Splits, files: Sequence[Path]) -> None:
+    if not files and cleaned.train.spec.kind != "image":
         raise InputError("series that were not read from files of their own can be exported as npz only.")
     folders = folder_names(cleaned.train.spec.classes)
-    for split, data in (("train", cleaned.train), ("test", cleaned.test)):
+    for number, (split, data) in enumerate((("train", cleaned.train), ("test", cleaned.test))):
         if data is None:
             continue
         part = split if cleaned.test is not None else ""
-        if files is None:
-            write_class_folders(data, root, part, folders)
+        if files:
+            _copy_files(data, files[number], root / part, folders)
         else:
-            _copy_files(data, files, root / part, folders)
+            write_class_folders(data, root, part, folders)
 
 
 def _copy_files(data: Data, files: Path, root: Path, folders: list[str]) -> None:
     """The original files, under their own names where these are free."""
-    taken: set[tuple[str, str]] = set()
+    given = [Names() for _ in folders]
     inside = files.resolve()
     for row, (label, name) in enumerate(zip(data.y.tolist(), data.ids, strict=True)):
         source = (files / name).resolve()
         if not source.is_relative_to(inside):
             raise InputError(f"{name!r} leads out of {files}; it is not copied.")
-        folder, own = folders[label], Path(name).name
-        if (folder, own.casefold()) in taken:
-            own = f"{row:06d}-{own}"
-        taken.add((folder, own.casefold()))
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, root / folder / own)
+        (root / folders[label]).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, root / folders[label] / given[label].give(Path(name).name, row))
 
 
 def _write_lists(part: Path, session: Session, stays: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]) -> None:
