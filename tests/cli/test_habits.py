@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from antibackdoor import load
 from antibackdoor.data import copies
@@ -151,6 +152,7 @@ def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:
     [
         (ZeroDivisionError("by zero"), 1, "something unexpected went wrong (ZeroDivisionError: by zero)"),
         (MemoryError(), 2, "memory of this machine"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "a smaller batch"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

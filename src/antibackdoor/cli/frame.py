@@ -82,8 +82,9 @@ class Group(TyperGroup):
                 raise
             where = f"{error.filename}: " if error.filename else ""
             fail(ctx, visible(f"{where}{error.strerror or error}."), 2)
-        except MemoryError:
-            fail(ctx, "the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
+        except (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)):  # or of a GPU
+            what = "the memory of this machine, or of its device, is used up"
+            fail(ctx, f"{what}; give fewer or smaller samples, a smaller batch or a smaller model.", 2)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
