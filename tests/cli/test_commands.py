@@ -166,6 +166,16 @@ def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_pat
     run("review", tmp_path / "cleaned", status=2)
 
 
+def test_reviewed_data_are_read_as_the_run_read_them(run: Run, images: Path, tmp_path: Path) -> None:
+    first, second, data = tmp_path / "run", tmp_path / "second", images / "train"
+    run("train", data, "--image-size", 8, "--test", images / "test", "--out", first, *TINY, *UNDEFENDED, "--quiet")
+    run("train", data, "--review", first, "--out", second, *TINY, *UNDEFENDED, "--quiet")
+    told = json.loads((second / "data.json").read_text())
+    assert (told["shape"], told["test_samples"]) == ([3, 8, 8], 15)
+    resized = run("train", data, "--review", first, "--image-size", 9, "--out", tmp_path / "third", status=2).output
+    assert "not the data" in resized, "what is said goes before"
+
+
 def test_a_ledger_that_is_not_there_has_no_tables(run: Run, tmp_path: Path) -> None:
     assert "nowhere holds no results" in run("bench", "--out", tmp_path / "nowhere", "--table", status=2).output
 

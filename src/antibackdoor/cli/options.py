@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
 import typer
 
@@ -154,7 +154,7 @@ class Reading:
 
     def given(self) -> dict[str, Any]:
         """As `data.load` takes it."""
-        return {**vars(self), "missing": self.missing.value}
+        return {**vars(self), "missing": str(self.missing)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +185,13 @@ class ReadingSets(Reading):
     test: Annotated[
         str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.", rich_help_panel=DATA)
     ] = None
+
+    def as_in(self, run: Path) -> Self:
+        """As the run in this folder read its data, but for what is said here."""
+        from antibackdoor.review.session import read_told
+
+        said = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+        return replace(self, **{**read_told(run).reading(), **said})
 
     def load(self, data: str) -> Splits:
         """The set, called as it was typed."""
