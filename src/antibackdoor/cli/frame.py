@@ -21,6 +21,8 @@ from antibackdoor.errors import InputError, LeftOut, unknown, visible
 DEBUG = "ANTIBACKDOOR_DEBUG"
 JSON = "antibackdoor.json"
 """Whether a program waits for JSON that was not printed yet."""
+QUIET = "antibackdoor.quiet"
+"""Whether nothing but errors is printed."""
 ORDER = ("train", "scan", "review", "predict", "export", "report", "demo", "poison", "bench", "list", "doctor")
 """Of the commands in the help."""
 DEFEND, MEASURE, ABOUT = "Defend", "Try and measure", "Find your way"
@@ -57,7 +59,7 @@ class Group(TyperGroup):
         RECEIVED.clear()
         try:
             try:
-                with notes_shown():
+                with notes_shown(ctx):
                     return super().invoke(ctx)
             except Exception:
                 if RECEIVED:  # a library took the signal for a failure of its own, as aeon's do while they are imported
@@ -94,7 +96,7 @@ class Group(TyperGroup):
 
 
 @contextmanager
-def notes_shown() -> Iterator[None]:
+def notes_shown(ctx: Any) -> Iterator[None]:
     """Print what a reader leaves out as a note on stderr, in place of Python's warning with its line of code."""
     with warnings.catch_warnings():
         others = warnings.showwarning
@@ -108,10 +110,10 @@ def notes_shown() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, LeftOut):
-                typer.echo(f"note: {message}", err=True)
-            else:
+            if not issubclass(category, LeftOut):
                 others(message, category, filename, lineno, file, line)
+            elif not ctx.meta.get(QUIET):
+                typer.echo(f"note: {message}", err=True)
 
         warnings.showwarning = show
         yield

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
 import typer
 
-from antibackdoor.cli.frame import JSON
+from antibackdoor.cli.frame import JSON, QUIET
 from antibackdoor.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,20 +93,28 @@ UndecidedOption = Annotated[
 OpenPage = Annotated[
     bool | None, typer.Option("--open/--no-open", help="Show it in a browser.", show_default="on a terminal")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TOLD)]
 
 
-def _await_json(ctx: typer.Context, wanted: bool) -> bool:
-    """Remember it for what goes wrong."""
-    ctx.meta[JSON] = wanted
-    return wanted
+def _remember(key: str) -> Callable[[typer.Context, bool], bool]:
+    """For what every command runs within."""
 
+    def remember(ctx: typer.Context, wanted: bool) -> bool:
+        ctx.meta[key] = wanted
+        return wanted
+
+    return remember
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_remember(QUIET), help="Print nothing but errors.", rich_help_panel=TOLD),
+]
 
 AsJson = Annotated[
     bool,
     typer.Option(
         "--json",
-        callback=_await_json,
+        callback=_remember(JSON),
         help="Print the result, or what is wrong, as JSON for programs; progress is on stderr.",
         rich_help_panel=TOLD,
     ),
