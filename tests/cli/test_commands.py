@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from antibackdoor import load
 from antibackdoor.bench.poisoned import poison, read_experiment
 from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_recordings, write_series
 
+RESULTS = Path(__file__).parents[2] / "results"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
@@ -178,6 +180,14 @@ def test_reviewed_data_are_read_as_the_run_read_them(run: Run, images: Path, tmp
 
 def test_a_ledger_that_is_not_there_has_no_tables(run: Run, tmp_path: Path) -> None:
     assert "nowhere holds no results" in run("bench", "--out", tmp_path / "nowhere", "--table", status=2).output
+    (tmp_path / "broken.error.json").write_text("{}")
+    assert "holds no results" in run("bench", "--out", tmp_path, "--table", status=2).output
+
+
+def test_tables_of_a_ledger_in_folders(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    shutil.copy(next(RESULTS.rglob("*-none-*.json")), tmp_path / "deep" / "er")
+    assert "| CA |" in run("bench", "--out", tmp_path, "--table").output
 
 
 def test_a_grid_names_data_that_are_there(run: Run, tmp_path: Path) -> None:
