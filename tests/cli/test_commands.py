@@ -18,6 +18,7 @@ from PIL import Image
 from antibackdoor import load
 from antibackdoor.bench.poisoned import poison, read_experiment
 from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_recordings, write_series
+from toy_review import toy_run_of
 
 RESULTS = Path(__file__).parents[2] / "results"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -182,6 +183,14 @@ def test_a_ledger_that_is_not_there_has_no_tables(run: Run, tmp_path: Path) -> N
     assert "nowhere holds no results" in run("bench", "--out", tmp_path / "nowhere", "--table", status=2).output
     (tmp_path / "broken.error.json").write_text("{}")
     assert "holds no results" in run("bench", "--out", tmp_path, "--table", status=2).output
+
+
+def test_the_truth_must_be_about_what_a_review_left(run: Run, tmp_path: Path) -> None:
+    made, reviewed, out = tmp_path / "poisoned", tmp_path / "run", tmp_path / "again"
+    run("poison", "digits", "--attack", "badnets", "--out", made, "--quiet")
+    toy_run_of(load(made), reviewed)
+    told = run("train", made, "--truth", made, "--review", reviewed, "--out", out, *TINY, *UNDEFENDED, status=2).output
+    assert "truth.csv does not speak of these samples" in told and not out.exists()
 
 
 def test_tables_of_a_ledger_in_folders(run: Run, tmp_path: Path) -> None:
