@@ -22,8 +22,10 @@ def options(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose fields are validated whenever one is built.
 
     The fields ARE the hyper-parameters: `list`, `--set`, `config.json` and the content hash of a run follow from them.
+    All numbers are finite, as in JSON.
     """
-    return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls))
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=config)(cls))
 
 
 def build(cls: type[T], settings: Mapping[str, Any], what: str, *, base: Mapping[str, Any] | None = None) -> T:

@@ -64,9 +64,10 @@ def open_folder(
 
     Gives True where the run there is finished already. source: how the data were read (`Splits.source`); kept beside
     the settings, for `review` to read them again. Raises InputError for a folder that another program is running in,
-    one in use without `resume`, one of other settings, and one that cannot be written.
+    one in use without `resume`, one of other settings, one among the data, and one that cannot be written.
     """
     settings = folder / "config.json"
+    refuse_inside(folder, source)
     _in_use(folder, resume)  # before anything is written to it
     refuse_links_out(folder)
     with ExitStack() as stack:
@@ -87,6 +88,18 @@ def open_folder(
         if source is not None:
             write_json(folder / "source.json", dict(source))
         yield (folder / "result.json").exists()
+
+
+def refuse_inside(out: Path, source: Mapping[str, Any] | None) -> None:
+    """Refuse to write into the folders that data were read from: what lies there is read as a part of them.
+
+    source: how they were read (`Splits.source`).
+    """
+    for place in filter(None, ((source or {}).get(name) for name in ("source", "test"))):
+        if Path(place).is_dir() and out.resolve().is_relative_to(Path(place).resolve()):
+            raise InputError(
+                f"{out} lies in the folder of the data ({place}), and would be read as data; choose another."
+            )
 
 
 def _in_use(folder: Path, resume: bool) -> bool:

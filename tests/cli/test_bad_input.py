@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antibackdoor import cli
+from antibackdoor import cli, load
 from toy_files import TINY, Run, write_images, write_series
+from toy_review import toy_run_of
 
 
 def empty(root: Path) -> Path:
@@ -143,6 +144,21 @@ def test_a_folder_in_use_is_refused(run: Run, images: Path, tmp_path: Path) -> N
         assert "not empty" in run(command[0], *data, *command[1:], "--out", tmp_path / "out", status=2).output
     assert "no config.json" in run("train", images, "--out", tmp_path / "out", "--resume", *TINY, status=2).output
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_nothing_is_written_among_the_data(run: Run, images: Path, tmp_path: Path) -> None:
+    train, link = images / "train", tmp_path / "link"
+    link.symlink_to(train)
+    toy_run_of(load(train), tmp_path / "run")
+    for words in (
+        ("train", train, "--out", train / "run"),
+        ("scan", train, "--out", link / "deep" / "run"),
+        ("train", train, "--test", images / "test", "--out", images / "test" / "run"),
+        ("poison", images, "--attack", "badnets", "--out", images / "poisoned"),
+        ("review", tmp_path / "run", "--export", train),
+    ):
+        assert "lies in the folder of the data" in run(*words, status=2).output
+    assert len(load(images).train) == 60 and len(load(train).train) == 60
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")

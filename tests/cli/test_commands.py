@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from PIL import Image
 from antibackdoor import load
 from antibackdoor.bench.poisoned import poison, read_experiment
 from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_recordings, write_series
+from toy_review import toy_run_of
 
+RESULTS = Path(__file__).parents[2] / "results"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
@@ -166,8 +169,34 @@ def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_pat
     run("review", tmp_path / "cleaned", status=2)
 
 
+def test_reviewed_data_are_read_as_the_run_read_them(run: Run, images: Path, tmp_path: Path) -> None:
+    first, second, data = tmp_path / "run", tmp_path / "second", images / "train"
+    run("train", data, "--image-size", 8, "--test", images / "test", "--out", first, *TINY, *UNDEFENDED, "--quiet")
+    run("train", data, "--review", first, "--out", second, *TINY, *UNDEFENDED, "--quiet")
+    told = json.loads((second / "data.json").read_text())
+    assert (told["shape"], told["test_samples"]) == ([3, 8, 8], 15)
+    resized = run("train", data, "--review", first, "--image-size", 9, "--out", tmp_path / "third", status=2).output
+    assert "not the data" in resized, "what is said goes before"
+
+
 def test_a_ledger_that_is_not_there_has_no_tables(run: Run, tmp_path: Path) -> None:
     assert "nowhere holds no results" in run("bench", "--out", tmp_path / "nowhere", "--table", status=2).output
+    (tmp_path / "broken.error.json").write_text("{}")
+    assert "holds no results" in run("bench", "--out", tmp_path, "--table", status=2).output
+
+
+def test_the_truth_must_be_about_what_a_review_left(run: Run, tmp_path: Path) -> None:
+    made, reviewed, out = tmp_path / "poisoned", tmp_path / "run", tmp_path / "again"
+    run("poison", "digits", "--attack", "badnets", "--out", made, "--quiet")
+    toy_run_of(load(made), reviewed)
+    told = run("train", made, "--truth", made, "--review", reviewed, "--out", out, *TINY, *UNDEFENDED, status=2).output
+    assert "truth.csv does not speak of these samples" in told and not out.exists()
+
+
+def test_tables_of_a_ledger_in_folders(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    shutil.copy(next(RESULTS.rglob("*-none-*.json")), tmp_path / "deep" / "er")
+    assert "| CA |" in run("bench", "--out", tmp_path, "--table").output
 
 
 def test_a_grid_names_data_that_are_there(run: Run, tmp_path: Path) -> None:

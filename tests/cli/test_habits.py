@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from antibackdoor import load
 from antibackdoor.data import copies
@@ -142,6 +143,29 @@ def test_json_of_what_is_wrong(run: Run, tmp_path: Path) -> None:
         result = run(*words, "--json", status=2)
         assert result.stderr == f"error: {json.loads(result.stdout)['error']}\n"
     assert "did you mean 'badnets'" in result.stderr
+    unread = run("train", "x", "--config", tmp_path / "gone.toml", "--out", tmp_path / "run", "--json", status=2)
+    assert "gone.toml" in json.loads(unread.stdout)["error"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "words"),
+    [
+        (ZeroDivisionError("by zero"), 1, "something unexpected went wrong (ZeroDivisionError: by zero)"),
+        (MemoryError(), 2, "memory of this machine"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "a smaller batch"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_json_of_whatever_goes_wrong(
+    run: Run, monkeypatch: pytest.MonkeyPatch, wrong: BaseException, status: int, words: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise wrong
+
+    monkeypatch.setattr("antibackdoor.listing.listing", broken)
+    result = run("list", "--json", status=status)
+    told = json.loads(result.stdout)["error"]
+    assert words in told and result.stderr.removeprefix("error: ") == f"{told}\n"
 
 
 @pytest.mark.parametrize(

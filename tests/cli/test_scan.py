@@ -203,3 +203,5 @@ def test_what_was_not_read_is_told_and_kept(run: Run, images: Path, tmp_path: Pa
     found = run("scan", images, "--skip-unreadable", "--out", tmp_path / "out", "--detector", "loss", *SHORT, "--json")
     assert "1 of 76 files" in json.loads(found.stdout)["notes"][0] and "note: 1 of 76 files" in found.stderr
     assert "broken.png" in json.loads((tmp_path / "out" / "data.json").read_text())["notes"][0]
+    words = ("--skip-unreadable", "--out", tmp_path / "quiet", "--detector", "loss", *SHORT, "--quiet")
+    assert run("scan", images, *words).output == ""

@@ -60,6 +60,8 @@ def test_settings_override_a_base_and_leave_its_other_parts() -> None:
         ({"mode": "c"}, "mode='c' is not valid"),
         ({"inner.size": 0}, "thing, inner: size=0 is not valid"),
         ({"inner.size": "many"}, "size='many'"),
+        ({"inner.rate": "inf"}, "rate='inf' is not valid: Input should be a finite number"),
+        ({"inner.rate": float("nan")}, "finite number"),
         ({"name.part": 1}, "'name' has no parts"),
         ({"maybe": None, "maybe.size": 1}, "'maybe' has no parts"),
         ({"inner": "3"}, "inner"),

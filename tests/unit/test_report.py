@@ -216,6 +216,7 @@ def test_no_run_folder(tmp_path: Path, missing: str) -> None:
     [
         ("verdict.json", "[]"),
         ("verdict.json", "{"),
+        ("comparison.json", '{"rows": 5}'),
         ("suspects.csv", "id,label\n1,a\n"),
         ("suspects.csv", "id,label,score,flagged\n1,a,high,true\n"),
         ("gallery.npz", "no archive"),

@@ -256,6 +256,21 @@ def test_cells_come_back(text: str) -> None:
     assert from_csv_cell(csv_cell(text)) == text
 
 
+def test_a_run_on_reviewed_data_is_reviewed_in_turn(session: Session, tmp_path: Path) -> None:
+    session.decisions.decide([0], "keep")
+    second = toy_run_of(session.cleaned("drop"), tmp_path / "second")
+    reviewed = open_session(second)
+    assert len(reviewed.data) == 15 and reviewed.splits.test is not None
+    reviewed.decisions.decide([0], "drop")
+    third = toy_run_of(reviewed.cleaned("keep"), tmp_path / "third")
+    for splits in (None, load(tmp_path / "set.npz"), session.cleaned("drop"), reviewed.cleaned("keep")):
+        assert len(open_session(third, splits).data) == 14, "whichever of the reviews they went through before"
+    assert len(open_session(third, source=str(tmp_path / "set.npz")).data) == 14
+    session.decisions.decide([1], "keep")
+    with pytest.raises(InputError, match=r"the run in .*second was made on .* same decisions of earlier reviews"):
+        open_session(third)
+
+
 def test_other_data_are_refused(session: Session, tmp_path: Path) -> None:
     write_npz(tmp_path / "other.npz", Splits(toy_images(20, seed=5)))
     with pytest.raises(InputError, match="not the data"):

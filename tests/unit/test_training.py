@@ -372,13 +372,18 @@ def test_a_constant_channel_is_no_division_by_zero() -> None:
     assert model(data.x[torch.arange(4)]).isfinite().all()
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:", "cpu:0", "cpu:1", "auto:0", "cuda:-1"])
 def test_unknown_devices(device: str) -> None:
-    if device == "cpu:":
-        assert make_fabric(device).device.type == "cpu"
-    else:
-        with pytest.raises(InputError, match="unknown device"):
-            make_fabric(device)
+    with pytest.raises(InputError, match="unknown device"):
+        make_fabric(device)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2), ("mps", 0), ("mps:1", 1)])
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: bool(count))
+    with pytest.raises(InputError, match=f"there is no device '{device}' here"):
+        make_fabric(device)
 
 
 def test_a_precision_is_no_line_on_stderr() -> None:

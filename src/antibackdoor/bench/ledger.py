@@ -72,6 +72,10 @@ class Ledger:
         self.folder = folder
         self._found: dict[str, Path] = {path.stem: path for path in _paths(folder)}
 
+    def __len__(self) -> int:
+        """How many cells were done when it was opened, or since then by this process."""
+        return len(self._found)
+
     def __contains__(self, name: str) -> bool:
         """Whether the cell is done, also when another process has just finished it."""
         return name in self._found or (self.folder / f"{name}.json").exists()

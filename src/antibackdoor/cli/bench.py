@@ -98,7 +98,7 @@ def bench(
                 plan_text(cells, read.excluded(), done, estimates, max(1, cores() if workers is None else workers))
             )
         return
-    if read is None and not any(out.glob("*.json")):
+    if read is None and not len(ledger):
         raise InputError(f"{out} holds no results; name another folder with --out, or a grid to run.")
     if not table:
         chosen = make_engine(engine.value, workers=workers, address=address, cpus=cpus, gpus=gpus)

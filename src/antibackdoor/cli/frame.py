@@ -21,6 +21,8 @@ from antibackdoor.errors import InputError, LeftOut, unknown, visible
 DEBUG = "ANTIBACKDOOR_DEBUG"
 JSON = "antibackdoor.json"
 """Whether a program waits for JSON that was not printed yet."""
+QUIET = "antibackdoor.quiet"
+"""Whether nothing but errors is printed."""
 ORDER = ("train", "scan", "review", "predict", "export", "report", "demo", "poison", "bench", "list", "doctor")
 """Of the commands in the help."""
 DEFEND, MEASURE, ABOUT = "Defend", "Try and measure", "Find your way"
@@ -47,8 +49,9 @@ class Group(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep the words of the command for the hint after an interruption."""
+        """Keep the words of the command for the hint after an interruption, and see early what waits for JSON."""
         ctx.meta["antibackdoor.words"] = list(args)
+        ctx.meta[JSON] = "--json" in args  # before anything of the command is read, which may be wrong already
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -56,37 +59,44 @@ class Group(TyperGroup):
         RECEIVED.clear()
         try:
             try:
-                with notes_shown():
+                with notes_shown(ctx):
                     return super().invoke(ctx)
             except Exception:
                 if RECEIVED:  # a library took the signal for a failure of its own, as aeon's do while they are imported
                     raise stop_by(RECEIVED[0]) from None
                 raise
         except InputError as error:
-            fail(str(error), 2, as_json=ctx.meta.get(JSON, False))
+            fail(ctx, str(error), 2)
         except typer.TyperException as error:  # a word that the command does not take
             sentence = told(error)
-            if "--json" not in ctx.meta["antibackdoor.words"] and not isinstance(sentence, InputError):
+            if not ctx.meta[JSON] and not isinstance(sentence, InputError):
                 raise  # with the usage, in colors
-            fail(str(sentence), 2, as_json="--json" in ctx.meta["antibackdoor.words"])
+            fail(ctx, str(sentence), 2)
         except KeyboardInterrupt as stop:
             words = ctx.meta["antibackdoor.words"]
             again = words + (["--resume"] if "--resume" not in words and words[:1] != ["bench"] else [])
             resumable = words[:1] in (["train"], ["scan"], ["bench"])
             hint = f"; go on with: antibackdoor {shlex.join(again)}" if resumable else "."
             terminated = isinstance(stop, Terminated)
-            fail(("terminated" if terminated else "interrupted") + hint, 143 if terminated else 130)
+            fail(ctx, ("terminated" if terminated else "interrupted") + hint, 143 if terminated else 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            fail(visible(f"{where}{error.strerror or error}."), 2, as_json=ctx.meta.get(JSON, False))
-        except MemoryError:
-            fail("the memory of this machine is used up; give fewer or smaller samples, or a smaller model.", 2)
+            fail(ctx, visible(f"{where}{error.strerror or error}."), 2)
+        except (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)):  # or of a GPU
+            what = "the memory of this machine, or of its device, is used up"
+            fail(ctx, f"{what}; give fewer or smaller samples, a smaller batch or a smaller model.", 2)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            reason = visible(str(error).splitlines()[0])[:500] if str(error) else "no message"
+            what = f"something unexpected went wrong ({type(error).__name__}: {reason})"
+            fail(ctx, f"{what}; set {DEBUG}=1 to see the traceback.", 1)
 
 
 @contextmanager
-def notes_shown() -> Iterator[None]:
+def notes_shown(ctx: Any) -> Iterator[None]:
     """Print what a reader leaves out as a note on stderr, in place of Python's warning with its line of code."""
     with warnings.catch_warnings():
         others = warnings.showwarning
@@ -100,10 +110,10 @@ def notes_shown() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, LeftOut):
-                typer.echo(f"note: {message}", err=True)
-            else:
+            if not issubclass(category, LeftOut):
                 others(message, category, filename, lineno, file, line)
+            elif not ctx.meta.get(QUIET):
+                typer.echo(f"note: {message}", err=True)
 
         warnings.showwarning = show
         yield
@@ -141,12 +151,12 @@ app = typer.Typer(
 )
 
 
-def fail(sentence: str, status: int, *, as_json: bool = False) -> NoReturn:
+def fail(ctx: Any, sentence: str, status: int) -> NoReturn:
     """End with the sentence on stderr, for programs on stdout too; or, if that is wanted, with the traceback."""
     if os.environ.get(DEBUG) and sys.exc_info()[1] is not None:
         raise  # noqa: PLE0704 (called while an exception is handled)
     typer.echo(sentence if status in (130, 143) else f"error: {sentence}", err=True)
-    if as_json:
+    if ctx.meta[JSON]:
         import json
 
         typer.echo(json.dumps({"error": sentence}, indent=2))
@@ -181,13 +191,3 @@ def main() -> None:
         terminated = isinstance(stop, Terminated)
         typer.echo("terminated." if terminated else "interrupted.", err=True)
         sys.exit(143 if terminated else 130)
-    except Exception as error:
-        if os.environ.get(DEBUG):
-            raise
-        reason = visible(str(error).splitlines()[0])[:500] if str(error) else "no message"
-        typer.echo(
-            f"error: something unexpected went wrong ({type(error).__name__}: {reason}); "
-            f"set {DEBUG}=1 to see the traceback.",
-            err=True,
-        )
-        sys.exit(1)

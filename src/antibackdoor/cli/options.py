@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
 import typer
 
-from antibackdoor.cli.frame import JSON
+from antibackdoor.cli.frame import JSON, QUIET
 from antibackdoor.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,20 +93,28 @@ UndecidedOption = Annotated[
 OpenPage = Annotated[
     bool | None, typer.Option("--open/--no-open", help="Show it in a browser.", show_default="on a terminal")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TOLD)]
 
 
-def _await_json(ctx: typer.Context, wanted: bool) -> bool:
-    """Remember it for what goes wrong."""
-    ctx.meta[JSON] = wanted
-    return wanted
+def _remember(key: str) -> Callable[[typer.Context, bool], bool]:
+    """For what every command runs within."""
 
+    def remember(ctx: typer.Context, wanted: bool) -> bool:
+        ctx.meta[key] = wanted
+        return wanted
+
+    return remember
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_remember(QUIET), help="Print nothing but errors.", rich_help_panel=TOLD),
+]
 
 AsJson = Annotated[
     bool,
     typer.Option(
         "--json",
-        callback=_await_json,
+        callback=_remember(JSON),
         help="Print the result, or what is wrong, as JSON for programs; progress is on stderr.",
         rich_help_panel=TOLD,
     ),
@@ -154,7 +162,7 @@ class Reading:
 
     def given(self) -> dict[str, Any]:
         """As `data.load` takes it."""
-        return {**vars(self), "missing": self.missing.value}
+        return {**vars(self), "missing": str(self.missing)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +193,13 @@ class ReadingSets(Reading):
     test: Annotated[
         str | None, typer.Option(metavar="PATH", help="Clean test set; only used to measure.", rich_help_panel=DATA)
     ] = None
+
+    def as_in(self, run: Path) -> Self:
+        """As the run in this folder read its data, but for what is said here."""
+        from antibackdoor.review.session import read_told
+
+        said = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+        return replace(self, **{**read_told(run).reading(), **said})
 
     def load(self, data: str) -> Splits:
         """The set, called as it was typed."""

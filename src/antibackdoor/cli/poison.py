@@ -68,12 +68,14 @@ def poison(
     from antibackdoor.data.file_lists import is_manifest
     from antibackdoor.files import check_free
     from antibackdoor.progress import show
+    from antibackdoor.runs import refuse_inside
     from antibackdoor.training.job import make_fabric
 
     chosen = chosen_settings(settings, ctx)
     chosen |= {name: value for name, value in (("rate", rate), ("target", target)) if value is not None}
     check_free(out)
     splits = reading.load(data)
+    refuse_inside(out, splits.source)
     with show(console(stderr=True), quiet=quiet, title=attack) as progress:
         poisoned = make(splits, attack, chosen, seed=seed, fabric=make_fabric(device), kept=stages, progress=progress)
     came_as_manifest = form is Format.folder and Path(data).suffix.lower() == ".csv" and is_manifest(Path(data))

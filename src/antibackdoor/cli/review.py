@@ -51,7 +51,9 @@ def review(
     session = open_session(folder, source=data)
     if out is not None:
         from antibackdoor.review.export import export
+        from antibackdoor.runs import refuse_inside
 
+        refuse_inside(out, session.splits.source)
         told = export(session, out, form.value, undecided.value)
         if not quiet:
             typer.echo(f"{told}; in {out}")

@@ -68,7 +68,9 @@ def train(
     review: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Train on a reviewed run's data as `review` cleaned them.", rich_help_panel=DATA
+            metavar="DIR",
+            help="Train on a reviewed run's data as `review` cleaned them, read as that run read them.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     undecided: UndecidedOption = Undecided.drop,
@@ -86,13 +88,14 @@ def train(
 
     chosen = chosen_settings(running.settings, ctx)
     method = make_defense(defense, chosen)
+    reading = reading if review is None else reading.as_in(review)
     splits = reading.load(data)
-    experiment = running.experiment(splits)
     trusted = clean and load(clean, **{**reading.given(), "test": None, "memory_map": None})
     if review is not None:
         from antibackdoor.review.session import open_session
 
         splits = open_session(review, splits).cleaned(undecided.value)
+    experiment = running.experiment(splits)  # of the samples that are trained on
     told = console(stderr=True)
     plan = partial(print_plan, told, splits, defense, method, model, epochs, every=running.verbose)
     with show(told, quiet=running.quiet, every=running.verbose, plan=plan) as progress:

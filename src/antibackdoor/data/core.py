@@ -164,7 +164,8 @@ def taken(x: Rows, rows: Tensor) -> Rows:
 class Splits:
     """What a reader returns: the untrusted training set and, where there is one, a test set of the same spec.
 
-    source: the arguments of `load` that these were read with, as plain JSON values, so that they can be read again.
+    source: the arguments of `load` that these were read with, as plain JSON values, so that they can be read again;
+        "reviews" among them tells the run folders whose reviews cleaned them since.
     name: what the user called the data, a path or a name; only shown. notes: sentences about what was not read.
     files: where each sample was read from a file of its own, the folder that the ids of each part are relative to.
     """

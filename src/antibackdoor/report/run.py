@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
         history=_history(folder / "history.jsonl"),
         config=_object(folder / "config.json"),
         env=_object(folder / "env.json"),
-        comparison=[row for row in _object(folder / "comparison.json").get("rows", []) if isinstance(row, dict)],
+        comparison=_comparison(folder / "comparison.json"),
         gallery=_gallery(folder / "gallery.npz"),
         data=_object(folder / "data.json"),
         attention=read_attention(folder / "attention.npz"),
@@ -107,6 +107,14 @@ def read_run(folder: Path) -> Run:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is missing."""
     return read_object(path) if path.is_file() else {}
+
+
+def _comparison(path: Path) -> list[dict[str, Any]]:
+    """The rows of a comparison with other runs."""
+    rows = _object(path).get("rows", [])
+    if not isinstance(rows, list):
+        raise InputError(f"cannot read {path}: its rows are no list; delete it to build the report without them.")
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _suspects(path: Path, truth: Path) -> Suspects:

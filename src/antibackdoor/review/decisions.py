@@ -33,9 +33,9 @@ class Decisions:
     """The decisions about the samples of one set, `codes` (n,): a class number, or one of the codes above.
 
     Every change is on the disk before it counts, and the last thousand can be taken back, also by the next program that
-    opens the file: `done` has rows and their codes before. A line that a killed program left half-written is passed
-    over, and the next one starts on a line of its own. Only one program at a time may hold the file (`locked`).
-    Raises InputError for a file that is damaged, or that speaks of other samples.
+    opens the file: `done` has rows and their codes before. A line that is no JSON is passed over, wherever it stands: a
+    killed program left it half-written, and the next one went on with a line of its own. Only one program at a time may
+    hold the file (`hold`). Raises InputError for a line that is no decision, or that speaks of other samples.
     """
 
     def __init__(self, folder: Path, data: Data):
@@ -129,7 +129,7 @@ class Decisions:
             try:
                 told = json.loads(line) if line.strip() else None
             except ValueError:
-                continue  # the end of a write that was cut off
+                continue  # a write that was cut off
             except RecursionError:
                 raise InputError(f"{self.path} line {number} is nested too deeply.") from None
             if told is None:

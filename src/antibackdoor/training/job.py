@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -39,11 +40,12 @@ def make_fabric(device: str = "auto", precision: str = "auto", devices: int = 1,
     precision "auto" is bf16 where the hardware has it (a GPU of compute capability 8 or more, a CPU with AVX512-BF16 or
     AMX) and float32 elsewhere: emulated bf16 on a CPU is ten times slower than float32.
     """
-    accelerator, _, index = device.partition(":")
-    if accelerator not in {"auto", "cpu", "cuda", "mps"} or (index and not index.isdigit()):
+    if not re.fullmatch(r"auto|cpu|(cuda|mps)(:\d{1,3})?", device):
         raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N, mps.")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available here; use --device cpu or auto.")
+    accelerator, _, index = device.partition(":")
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(index or 0) >= there.get(accelerator, 1):
+        raise InputError(f"there is no device {device!r} here; use --device cpu or auto.")
     if precision == "auto":
         if accelerator != "cpu" and torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
