@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -108,7 +107,7 @@ def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
     elif found["n"]:
         many = lower(found["count"], found["n"]) / max(limits["acquittal"], 1e-9)
         sooner = min(early, kin) if found["count"] < FEW else early
-        heard = min(many, math.inf if found["stayed"] else sooner, mixed)
+        heard = min(many, max(sooner, kin) if found["stayed"] else sooner, mixed)
     return max(beyond_doubt, together, heard)
 
 
@@ -168,7 +167,7 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
                 f"They were learned {when} (half of them earlier than {found['early']:.0%} of all samples; more than "
                 "50% is early).",
                 look,
-                *([kin] if found["count"] < FEW and found["early"] > 0.5 else []),
+                *([kin] if found["stayed"] or (found["count"] < FEW and found["early"] > 0.5) else []),
             ]
     return told or ["No class falls into two: not when it is learned, not mixed, not for models that never saw it."]
 

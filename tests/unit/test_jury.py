@@ -273,6 +273,24 @@ def test_what_was_learned_late_and_stays_to_the_end_is_poison(
     assert verdict.target_classes == (["class 1"] if attacked else [])
 
 
+@pytest.mark.parametrize(("second", "attacked"), [(0, True), (None, False)])
+def test_what_stays_but_is_taken_for_what_its_class_is_taken_for_is_of_its_class(
+    second: int | None, attacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken for 2 and 3 they are a third off the mix, so that `kin` may be 0.75; the rest is for 0, or for all."""
+    monkeypatch.setattr(judgement, "FEW", 10)
+    court = Court()
+    court.judgement.early[:] = 0.1
+    answers = torch.where((court.given == 1) & (court.place >= 5), 2 + court.place % 2, court.given)
+    court.hear(answers, epoch=court.judgement.last, second=second)
+    found = court.judgement.findings[1]
+    assert found["stayed"] and found["below"] == pytest.approx(0.75) and found["attacked"] == attacked
+    assert found["kin"] == pytest.approx(1 / 3 if attacked else 1, abs=0.02)
+    outcome = court.hearing.outcome(court.job.model())
+    assert decide(court.data, outcome).poisoned == attacked
+    assert "much nearer to that mix" in told_of("x", found, outcome.evidence["limits"])[-1] or attacked
+
+
 def test_few_that_stay_are_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judgement, "FEW", 10)
     court = Court(acquittal=0.5)

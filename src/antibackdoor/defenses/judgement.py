@@ -187,7 +187,8 @@ class Judgement:
         A clean sample that looks like another class is learned late, and known in the end, unless it is of a kind that
         none of the trusted are; then all its kind look like the same class, while poison was gathered from all. Less
         than `FEW` may be early by chance, and from many classes: they must not be taken for what the rest of their
-        class is taken for (`kin`, by half).
+        class is taken for (`kin`, by half). Nor must those that are late and still there in the end, by the limit that
+        groups have.
         """
         n, confident = int(asked.sum()), asked & against
         count = int(confident.sum())
@@ -199,9 +200,10 @@ class Judgement:
         many = lower(count, n) > self.options.acquittal
         found = self.findings[label]
         stayed = many and epoch >= self.last and bool(self.large[label])
-        sooner = early > 0.5 and (count >= FEW or kin < RARE)
-        like_poison = (sooner or stayed) and alike < self.options.alike
-        heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike, "kin": kin, "below": RARE}
+        below = RARE if early > 0.5 else self._limit_of_kin(early, alike)
+        like_poison = (early > 0.5 and count >= FEW) or (kin < below and (early > 0.5 or stayed))
+        like_poison &= alike < self.options.alike
+        heard = {"count": count, "n": n, "early": early, "stayed": stayed, "alike": alike, "kin": kin, "below": below}
         return {**found, **heard, "attacked": found["attacked"] or (many and like_poison)}
 
     def _alike(self, label: int, answers: Tensor) -> float:
