@@ -156,6 +156,7 @@ def test_nothing_is_written_among_the_data(run: Run, images: Path, tmp_path: Pat
         ("train", train, "--test", images / "test", "--out", images / "test" / "run"),
         ("poison", images, "--attack", "badnets", "--out", images / "poisoned"),
         ("review", tmp_path / "run", "--export", train),
+        ("predict", tmp_path / "run", images, "--out", images / "predicted.csv"),
     ):
         assert "lies in the folder of the data" in run(*words, status=2).output
     assert len(load(images).train) == 60 and len(load(train).train) == 60

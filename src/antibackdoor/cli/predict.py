@@ -43,10 +43,12 @@ def predict(
 ) -> None:
     """Predict classes with a trained model; of data with a test set, that of the test set."""
     from antibackdoor.files import check_replaceable, write_csv
+    from antibackdoor.runs import refuse_inside
     from antibackdoor.summary import predict_table
 
     if out.suffix.lower() != ".csv":
         raise InputError(f"{out} should end in .csv, which is what is written.")
+    refuse_inside(out, {"source": data})
     check_replaceable(out, ["id", "predicted", "probability"])
     table = predict_table(folder, data, device=device, **reading.given())
     out.parent.mkdir(parents=True, exist_ok=True)
