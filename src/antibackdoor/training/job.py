@@ -137,7 +137,7 @@ class Job:
         count = valid.sum() if valid.shape[1] == 1 else valid.sum((0, 2))
         mean = (x * valid).sum((0, 2)) / count
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
-        return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
+        return mean.cpu(), variance.sqrt().cpu()
 
     @property
     def clean(self) -> Data:
