@@ -134,7 +134,7 @@ class Job:
             valid = torch.ones_like(x[:, :1])
         else:
             valid = (torch.arange(x.shape[2], device=x.device) < batch.lengths[:, None, None]).float()
-        count = valid.sum() if valid.shape[1] == 1 else valid.sum((0, 2))
+        count = valid.sum()
         mean = (x * valid).sum((0, 2)) / count
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
         return mean.cpu(), variance.sqrt().cpu()
