@@ -211,6 +211,9 @@ def test_de_adds_values_at_shares_of_each_series_own_length() -> None:
     x = torch.zeros(2, 1, 10)
     out = add(x, torch.tensor([[0.0, 0.5, 0.99]]), torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([10, 4]))
     assert out[:, 0].tolist() == [[1, 0, 0, 0, 0, 2, 0, 0, 0, 3], [1, 0, 2, 3, 0, 0, 0, 0, 0, 0]] and (x == 0).all()
+    last = torch.tensor([[-1e-9]]).remainder(1)  # rounded up to one
+    for lengths, places in ((None, [9, 9]), (torch.tensor([10, 4]), [9, 3])):
+        assert add(x, last, torch.ones(1, 1, 1), lengths)[:, 0].argmax(1).tolist() == places
 
 
 def test_evolution_finds_fitter_triggers_and_goes_on_where_it_stopped() -> None:

@@ -69,15 +69,15 @@ class TimeTrojanDE(Trained):
 
 def add(x: Tensor, places: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """`x` (n, C, T) plus `values` (n or 1, C, K) at `places` (n or 1, K), shares of each series' own length."""
-    ends = x.shape[-1] if lengths is None else lengths[:, None]
-    at = (places * ends).long().expand(len(x), -1)[:, None].expand(-1, x.shape[1], -1)
+    ends = torch.tensor(x.shape[-1], device=x.device) if lengths is None else lengths[:, None]
+    at = (places * ends).long().minimum(ends - 1).expand(len(x), -1)[:, None].expand(-1, x.shape[1], -1)
     return x.scatter_add(2, at, values.expand(len(x), -1, -1).to(x.dtype))
 
 
 class Turns(Objective):
     """Cross entropy on partly poisoned batches; before every epoch the population evolves against the surrogate.
 
-    genes: `(P, 1 + C, K)` in [0, 1): places, then values, of which [0, 1) stands for [-eta, eta) standard deviations.
+    genes: `(P, 1 + C, K)` in [0, 1]: places, then values, of which [0, 1] stands for [-eta, eta] standard deviations.
     """
 
     def __init__(self, attack: TimeTrojanDE, probe: Batch, std: Tensor, steps: int, seed: int):
@@ -122,7 +122,7 @@ class Turns(Objective):
         return self.numbers
 
     def _challengers(self, rng: torch.Generator) -> Tensor:
-        """`a + F (b - c)` of three others, F = 0.5, folded back into [0, 1), crossed with the parent at CR = 0.8."""
+        """`a + F (b - c)` of three others, F = 0.5, folded back into [0, 1], crossed with the parent at CR = 0.8."""
         size, device = len(self.genes), self.genes.device
         offsets = torch.stack(
             [torch.randperm(size - 1, generator=rng)[:3] + 1 for _ in range(size)]
