@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,20 @@ def test_the_generator_does_not_see_padding_or_neighbors() -> None:
     torch.testing.assert_close(network(x[1:2, :, :17])[0], out[1, :, :17])
     torch.testing.assert_close(network(x[1:2], lengths[1:2])[0], out[1])
     assert Generator(Spec("image", (3, 9, 13), ("a", "b")), 1, 4)(torch.rand(2, 3, 9, 13)).shape == (2, 1, 9, 13)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "timetrojan_de"])
+def test_a_constant_channel_leaves_every_number_finite(name: str) -> None:
+    clean = toy_series(32, classes=2)
+    x = stored(clean)
+    x[:, 1] = 0.5
+    clean, small = replace(clean, x=x), {"population": 5, "generations": 4, "probe": 4}
+    attack = short(name, **small if name == "timetrojan_de" else {})
+    state = attack.fit(clean, job := job_of(clean))
+    data, _ = attack.poison(clean, state, 0)
+    assert stored(data).isfinite().all()
+    numbers = [value for row in job.history for value in row.values() if isinstance(value, float)]
+    assert all(math.isfinite(value) for value in numbers)
 
 
 class Stop(Exception):

@@ -166,7 +166,8 @@ class Together(Objective):
         y = batch.y.clone()
         y[:count] = self.attack.target
         out = logits(networks["classifier"], torch.cat([carried, x[2 * count :]]), lengths)
-        price = _sameness(x[source], patterns, self.ranges["high"] - self.ranges["low"])
+        extent = self.ranges["high"] - self.ranges["low"]
+        price = _sameness(x[source], patterns, torch.where(extent > 0, extent, 1))
         hits = torch.full((len(x),), torch.nan, device=x.device)
         hits[:count] = (out[:count].argmax(1) == self.attack.target).float()
         crossed = torch.full_like(hits, torch.nan)

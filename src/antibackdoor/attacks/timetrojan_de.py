@@ -140,7 +140,8 @@ class Turns(Objective):
         each = (places.repeat_interleave(m, 0), values.repeat_interleave(m, 0))
         out = logits(model, add(self.probe.x.repeat(p, 1, 1), *each, ends), ends)
         losses = F.cross_entropy(out, torch.full((p * m,), self.attack.target, device=out.device), reduction="none")
-        return losses.view(p, m).mean(1) + self.attack.price * (values / self.std[:, None]).abs().mean((1, 2))
+        spread = torch.where(self.std > 0, self.std, 1)  # in a constant channel no value moves, and none is paid for
+        return losses.view(p, m).mean(1) + self.attack.price * (values / spread[:, None]).abs().mean((1, 2))
 
     def _read(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         return genes[:, 0], self.attack.eta * self.std[:, None] * (2 * genes[:, 1:] - 1)
