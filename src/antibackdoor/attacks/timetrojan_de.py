@@ -99,7 +99,8 @@ class Turns(Objective):
         ends = None if batch.lengths is None else batch.lengths[poison]
         x = batch.x.index_copy(0, poison, add(batch.x[poison], places[None], values[None], ends))
         out = logits(model, x, batch.lengths)
-        return Step(F.cross_entropy(out, batch.y.index_fill(0, poison, self.attack.target)))
+        loss = F.cross_entropy(out, batch.y.index_fill(0, poison, self.attack.target))
+        return Step(loss, {"main": loss.detach().expand(len(out))})
 
     def before_epoch(self, model: nn.Module, epoch: int) -> None:
         """Some generations, in evaluation mode."""
@@ -118,8 +119,8 @@ class Turns(Objective):
         model.train()
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """The best fitness before and after the round's evolution."""
-        return self.numbers
+        """The mean loss, and the best fitness before and after the round's evolution."""
+        return {"main_loss": float(records["main"].nanmean()), **self.numbers}
 
     def _challengers(self, rng: torch.Generator) -> Tensor:
         """`a + F (b - c)` of three others, F = 0.5, folded back into [0, 1], crossed with the parent at CR = 0.8."""
