@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from antibackdoor.attacks.base import ATTACKS, Attack, State
-from antibackdoor.data.core import Spec
+from antibackdoor.data.core import Data, Spec
+from antibackdoor.errors import InputError
 from antibackdoor.options import options
 
 MEAN, SPREAD = (0.80, 0.50, 0.30), (0.20, 0.20, 0.15)
@@ -33,6 +34,13 @@ class Dfst(Attack):
 
     mix: Annotated[float, Field(gt=0, le=1, description="weight of the styled sample")] = 0.6
     tilt: Annotated[float, Field(ge=-2, le=2, description="exponent of the amplitude spectrum of series")] = 0.0
+
+    def check(self, data: Data) -> None:
+        """A sunset has three colors, or their mean."""
+        super().check(data)
+        channels = data.spec.shape[0]
+        if data.spec.kind == "image" and channels not in (1, 3):
+            raise InputError(f"the sunset is for images of 1 or 3 channels; these have {channels}.")
 
     def trigger(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
         """Mix in the styled sample."""
