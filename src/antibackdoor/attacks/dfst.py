@@ -28,6 +28,8 @@ class Dfst(Attack):
     sunset, `(x - mean_c) / std_c * SPREAD_c + MEAN_c`, and a warm glow that grows from the upper to the lower edge.
     Series: style keeps mean, phases and energy of each channel, and deals the energy over the frequencies as
     `f ** tilt` does (0: white), so every series is changed in its own way.
+    In a set of unequal lengths all three are those of the series with the zeros behind its end, and what the style puts
+    behind the end is cut off: by itself, a shorter series keeps neither its mean nor its energy.
     Deviations ("DFST-lite"): the paper learns the style with a CycleGAN from weather photographs and then detoxifies,
     which needs control of training; this map needs neither weights nor training. Gray images get the mean sunset.
     """
