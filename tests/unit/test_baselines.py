@@ -285,6 +285,11 @@ def test_mcr_takes_the_given_point() -> None:
     assert all(same)  # t = 0 is the undefended model, statistics apart
 
 
+def test_a_module_has_no_second_initialization() -> None:
+    with pytest.raises(InputError, match="of another initialization is built by name"):
+        train(toy_images(32), "mcr:two_models", short("mcr:two_models", 1), model=next(iter(FOREIGN.values())))
+
+
 def test_classes_overlap_where_their_centers_point_the_same_way() -> None:
     features, y = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1])
     assert float(overlap_of_classes(features, y)) == 0

@@ -15,6 +15,7 @@ from antibackdoor.data.batches import Batch, shuffled
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained, without_suspects
+from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call
 from antibackdoor.options import options
 from antibackdoor.seeds import generator
@@ -122,6 +123,10 @@ class MCR(Defense):
 
     def run(self, job: Job) -> Outcome:
         """Train both ends, train the curve, take a point."""
+        if self.second == "trained" and job.architecture is None:
+            raise InputError(
+                "a second model of another initialization is built by name; name one in place of a module."
+            )
         clean, first = job.clean, trained(job, self.training)
         before = snapshot(first)
         if self.second == "trained":

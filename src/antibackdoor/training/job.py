@@ -114,7 +114,10 @@ class Job:
         return self._model if isinstance(self._model, str) else None
 
     def model(self, name: str = "model") -> nn.Module:
-        """A fresh model, initialized from (seed, name), that takes raw values and normalizes them by this set."""
+        """A fresh model, initialized from (seed, name), that takes raw values and normalizes them by this set.
+
+        Of a module brought along: a copy as it is, the same for every name.
+        """
         torch.manual_seed(derive(self.seed, "model", name))
         if isinstance(self._model, nn.Module):
             model = copy.deepcopy(self._model)
