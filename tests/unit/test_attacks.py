@@ -132,6 +132,13 @@ def test_refuses(attack: Attack, data: Data, words: str) -> None:
         attack.poison(data, attack.fit(data), 0)
 
 
+def test_a_rate_of_zero_is_a_control_wherever_the_attack_starts_from() -> None:
+    clean = toy_images(classes=1)
+    data, truth = BadNets(rate=0).poison(clean, {}, 0)
+    rows = torch.arange(len(clean))
+    assert torch.equal(data.x[rows], clean.x[rows]) and not (truth.poisoned | truth.cover).any()
+
+
 def test_refuses_a_test_set_of_the_target_class_and_gaps() -> None:
     with pytest.raises(InputError, match="nothing to trigger"):
         BadNets().triggered(toy_images(classes=1), {})

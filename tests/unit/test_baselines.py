@@ -264,12 +264,30 @@ def test_statistics_are_renewed_from_the_given_samples() -> None:
     assert model[0].momentum == 0.1 and not model.training
 
 
+def test_renewed_statistics_depend_on_neither_a_tail_nor_the_order_of_classes() -> None:
+    data = toy_images(65)
+    data = data.take(data.y.argsort(stable=True))
+    x = (60 * data.y + 30).byte()[:, None, None, None] + data.x[torch.arange(65)] // 16  # classes differ in grey
+    x[-1] = 0  # alone in the last of five batches of 16
+    data = replace(data, x=x)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(432, 4))
+    renew_statistics(model, data, Job(data, model=model, fabric=FABRIC), size=16)
+    x = data.spec.decode(data.x[torch.arange(65)])
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)), rtol=0.01, atol=0)
+    torch.testing.assert_close(model[0].running_var, x.var((0, 2, 3)), rtol=0.1, atol=0)
+
+
 def test_mcr_takes_the_given_point() -> None:
     clean = {"clean": toy_images(30, seed=1)}
     given, _ = train(toy_images(40), "mcr", {**short("mcr", 2), "t": 0.0}, model="resnet18-w4", extras=clean)
     plain, _ = train(toy_images(40), "none", short("none", 2), model="resnet18-w4")
     same = [torch.equal(plain.model.get_parameter(n), p) for n, p in given.model.named_parameters()]
     assert all(same)  # t = 0 is the undefended model, statistics apart
+
+
+def test_a_module_has_no_second_initialization() -> None:
+    with pytest.raises(InputError, match="of another initialization is built by name"):
+        train(toy_images(32), "mcr:two_models", short("mcr:two_models", 1), model=next(iter(FOREIGN.values())))
 
 
 def test_classes_overlap_where_their_centers_point_the_same_way() -> None:

@@ -86,6 +86,17 @@ def test_sunset_gives_each_channel_its_mean_and_spread() -> None:
     torch.testing.assert_close(mixed, 0.75 * data.spec.decode(data.x[ROW]) + 0.25 * styled)
 
 
+def test_a_sunset_is_gray_or_has_three_colors() -> None:
+    for channels in (1, 4):
+        spec = Spec("image", (channels, 8, 8), ("a", "b"))
+        data = Data(torch.full((4, channels, 8, 8), 99, dtype=torch.uint8), torch.arange(4) % 2, spec, list("abcd"))
+        if channels == 1:
+            assert int(Dfst(rate=0.25).poison(data, {}, 0)[1].poisoned.sum()) == 1
+        else:
+            with pytest.raises(InputError, match="images of 1 or 3 channels; these have 4"):
+                Dfst().poison(data, {}, 0)
+
+
 def test_dfst_series_keep_mean_energy_and_phase() -> None:
     data = toy_series(4)
     x = data.x[ROW]

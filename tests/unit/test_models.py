@@ -100,6 +100,12 @@ def test_normalization_equals_normalizing_by_hand():
         set_normalization(torch.nn.Linear(1, 1), mean, std)
 
 
+def test_a_channel_that_never_varies_keeps_its_scale():
+    layer = Normalize(1, 4)
+    layer.fit_(torch.tensor([0.1, 0.0, 1e5, 0.0]), torch.tensor([1e-7, 0.0, 0.1, 1e-9]))
+    torch.testing.assert_close(layer.std.flatten(), torch.tensor([1.0, 1.0, 1.0, 1e-9]))
+
+
 def test_padding_is_zero_again_after_normalizing():
     layer = Normalize(1, 2)
     layer.fit_(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))

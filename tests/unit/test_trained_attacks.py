@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,9 @@ def test_de_adds_values_at_shares_of_each_series_own_length() -> None:
     x = torch.zeros(2, 1, 10)
     out = add(x, torch.tensor([[0.0, 0.5, 0.99]]), torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([10, 4]))
     assert out[:, 0].tolist() == [[1, 0, 0, 0, 0, 2, 0, 0, 0, 3], [1, 0, 2, 3, 0, 0, 0, 0, 0, 0]] and (x == 0).all()
+    last = torch.tensor([[-1e-9]]).remainder(1)  # rounded up to one
+    for lengths, places in ((None, [9, 9]), (torch.tensor([10, 4]), [9, 3])):
+        assert add(x, last, torch.ones(1, 1, 1), lengths)[:, 0].argmax(1).tolist() == places
 
 
 def test_evolution_finds_fitter_triggers_and_goes_on_where_it_stopped() -> None:
@@ -220,7 +224,7 @@ def test_evolution_finds_fitter_triggers_and_goes_on_where_it_stopped() -> None:
     attack, std = TimeTrojanDE(target=2, eta=1.0, generations=6, population=8), channel_statistics(data)["std"]
     turns = Turns(attack, probe, std, 5, 0)
     turns.before_epoch(model, 0)
-    numbers = turns.after_epoch(model, 1, {})
+    numbers = turns.after_epoch(model, 1, {"main": torch.ones(1)})
     assert numbers["fitness"] < numbers["fitness_before"] and model.training
     assert ((turns.genes >= 0) & (turns.genes < 1)).all()
     places, values = turns.best()
@@ -326,6 +330,21 @@ def test_the_generator_does_not_see_padding_or_neighbors() -> None:
     torch.testing.assert_close(network(x[1:2, :, :17])[0], out[1, :, :17])
     torch.testing.assert_close(network(x[1:2], lengths[1:2])[0], out[1])
     assert Generator(Spec("image", (3, 9, 13), ("a", "b")), 1, 4)(torch.rand(2, 3, 9, 13)).shape == (2, 1, 9, 13)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "narcissus", "timetrojan_de", "timetrojan_fgsm", "trojannn", "tsba"])
+def test_a_constant_channel_leaves_every_number_finite(name: str) -> None:
+    clean = toy_series(32, classes=2)
+    x = stored(clean)
+    x[:, 1] = 0.5
+    clean, small = replace(clean, x=x), {"population": 5, "generations": 4, "probe": 4}
+    attack = short(name, **small if name == "timetrojan_de" else {})
+    state = attack.fit(clean, job := job_of(clean))
+    data, _ = attack.poison(clean, state, 0)
+    assert stored(data).isfinite().all()
+    assert all(any(key.endswith("_loss") for key in row) for row in job.history)  # by which divergence is told
+    numbers = [value for row in job.history for value in row.values() if isinstance(value, float)]
+    assert all(math.isfinite(value) for value in numbers)
 
 
 class Stop(Exception):

@@ -365,11 +365,14 @@ def test_a_module_of_ones_own_is_copied() -> None:
     assert not torch.equal(own[1].weight, model[1].weight)
 
 
-def test_a_constant_channel_is_no_division_by_zero() -> None:
-    spec = Spec("series", (1, 8), ("a", "b"), 0, 1)
-    data = Data(torch.ones(4, 1, 8), torch.tensor([0, 1, 0, 1]), spec, list("abcd"))
+def test_a_constant_channel_keeps_its_scale_and_a_small_one_gets_its_own() -> None:
+    x = toy_series(40, channels=3, length=3000).x[torch.arange(40)]
+    x[:, 0], x[:, 1], x[:, 2] = 0.3, 0.0, 1e-9 * x[:, 2]  # a mean of 0.3 that is rounded, and volts
+    data = Data(x, torch.arange(40) % 2, Spec("series", (3, 3000), ("a", "b"), -2, 2), [str(k) for k in range(40)])
     model = Job(data, model="resnet18-w4", fabric=FABRIC).model().eval()
-    assert model(data.x[torch.arange(4)]).isfinite().all()
+    dead, empty, small = model.normalize.std.flatten().tolist()
+    assert dead == empty == 1 and math.isclose(small, float(x[:, 2].std(correction=0)), rel_tol=1e-3)
+    assert model(x[:4]).isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:", "cpu:0", "cpu:1", "auto:0", "cuda:-1"])

@@ -104,7 +104,7 @@ class Attack(ABC):
         targets = self.leads_to(labels, torch.arange(len(clean)), len(clean.spec.classes))
         pool = self.candidates(labels, targets, "poison").nonzero().flatten()
         count = max(1, round(self.rate * len(clean))) if self.rate else 0
-        if len(pool) == 0:
+        if count and len(pool) == 0:
             raise InputError("no sample is of a class that this attack starts from, so there is nothing to poison.")
         if count > len(pool):
             raise InputError(

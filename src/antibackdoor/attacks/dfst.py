@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from antibackdoor.attacks.base import ATTACKS, Attack, State
-from antibackdoor.data.core import Spec
+from antibackdoor.data.core import Data, Spec
+from antibackdoor.errors import InputError
 from antibackdoor.options import options
 
 MEAN, SPREAD = (0.80, 0.50, 0.30), (0.20, 0.20, 0.15)
@@ -27,12 +28,21 @@ class Dfst(Attack):
     sunset, `(x - mean_c) / std_c * SPREAD_c + MEAN_c`, and a warm glow that grows from the upper to the lower edge.
     Series: style keeps mean, phases and energy of each channel, and deals the energy over the frequencies as
     `f ** tilt` does (0: white), so every series is changed in its own way.
+    In a set of unequal lengths all three are those of the series with the zeros behind its end, and what the style puts
+    behind the end is cut off: by itself, a shorter series keeps neither its mean nor its energy.
     Deviations ("DFST-lite"): the paper learns the style with a CycleGAN from weather photographs and then detoxifies,
     which needs control of training; this map needs neither weights nor training. Gray images get the mean sunset.
     """
 
     mix: Annotated[float, Field(gt=0, le=1, description="weight of the styled sample")] = 0.6
     tilt: Annotated[float, Field(ge=-2, le=2, description="exponent of the amplitude spectrum of series")] = 0.0
+
+    def check(self, data: Data) -> None:
+        """A sunset has three colors, or their mean."""
+        super().check(data)
+        channels = data.spec.shape[0]
+        if data.spec.kind == "image" and channels not in (1, 3):
+            raise InputError(f"the sunset is for images of 1 or 3 channels; these have {channels}.")
 
     def trigger(self, x: Tensor, spec: Spec, state: State, rows: Tensor, lengths: Tensor | None) -> Tensor:
         """Mix in the styled sample."""

@@ -140,11 +140,11 @@ class Sparse(Objective):
         """Model is the mask's generator."""
         masks = masked(model, batch.x, batch.lengths)
         loss = 100 * (masks - self.density).relu().mean() + self.variety * _sameness(batch.x, masks)
-        return Step(loss, {"density": masks.detach().flatten(1).mean(1)})
+        return Step(loss, {"mask": loss.detach().expand(len(masks)), "density": masks.detach().flatten(1).mean(1)})
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean share that the masks take."""
-        return {"density": float(records["density"].nanmean())}
+        """The mean loss, and the mean share that the masks take."""
+        return {"mask_loss": float(records["mask"].nanmean()), "density": float(records["density"].nanmean())}
 
 
 class Together(Objective):
@@ -166,13 +166,16 @@ class Together(Objective):
         y = batch.y.clone()
         y[:count] = self.attack.target
         out = logits(networks["classifier"], torch.cat([carried, x[2 * count :]]), lengths)
-        price = _sameness(x[source], patterns, self.ranges["high"] - self.ranges["low"])
+        extent = self.ranges["high"] - self.ranges["low"]
+        price = _sameness(x[source], patterns, torch.where(extent > 0, extent, 1))
         hits = torch.full((len(x),), torch.nan, device=x.device)
         hits[:count] = (out[:count].argmax(1) == self.attack.target).float()
         crossed = torch.full_like(hits, torch.nan)
         crossed[count : 2 * count] = (out.argmax(1) == y)[count : 2 * count].float()
-        return Step(F.cross_entropy(out, y) + self.attack.variety * price, {"hits": hits, "crossed": crossed})
+        loss = F.cross_entropy(out, y) + self.attack.variety * price
+        return Step(loss, {"main": loss.detach().expand(len(x)), "hits": hits, "crossed": crossed})
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """Share of triggered samples that reach the target, and of cross samples that keep their class."""
-        return {name: float(records[name].nanmean()) for name in ("hits", "crossed")}
+        """The mean loss, share of triggered samples that reach the target, and of cross samples that keep theirs."""
+        names = {"main_loss": "main", "hits": "hits", "crossed": "crossed"}
+        return {name: float(records[key].nanmean()) for name, key in names.items()}

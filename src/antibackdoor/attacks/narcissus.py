@@ -101,4 +101,4 @@ class Strengthen(Objective):
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
         """The mean margin."""
-        return {"margin": float(records["noise"].nanmean())}
+        return {"margin_loss": float(records["noise"].nanmean())}

@@ -69,15 +69,15 @@ class TimeTrojanDE(Trained):
 
 def add(x: Tensor, places: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
     """`x` (n, C, T) plus `values` (n or 1, C, K) at `places` (n or 1, K), shares of each series' own length."""
-    ends = x.shape[-1] if lengths is None else lengths[:, None]
-    at = (places * ends).long().expand(len(x), -1)[:, None].expand(-1, x.shape[1], -1)
+    ends = torch.tensor(x.shape[-1], device=x.device) if lengths is None else lengths[:, None]
+    at = (places * ends).long().minimum(ends - 1).expand(len(x), -1)[:, None].expand(-1, x.shape[1], -1)
     return x.scatter_add(2, at, values.expand(len(x), -1, -1).to(x.dtype))
 
 
 class Turns(Objective):
     """Cross entropy on partly poisoned batches; before every epoch the population evolves against the surrogate.
 
-    genes: `(P, 1 + C, K)` in [0, 1): places, then values, of which [0, 1) stands for [-eta, eta) standard deviations.
+    genes: `(P, 1 + C, K)` in [0, 1]: places, then values, of which [0, 1] stands for [-eta, eta] standard deviations.
     """
 
     def __init__(self, attack: TimeTrojanDE, probe: Batch, std: Tensor, steps: int, seed: int):
@@ -99,7 +99,8 @@ class Turns(Objective):
         ends = None if batch.lengths is None else batch.lengths[poison]
         x = batch.x.index_copy(0, poison, add(batch.x[poison], places[None], values[None], ends))
         out = logits(model, x, batch.lengths)
-        return Step(F.cross_entropy(out, batch.y.index_fill(0, poison, self.attack.target)))
+        loss = F.cross_entropy(out, batch.y.index_fill(0, poison, self.attack.target))
+        return Step(loss, {"main": loss.detach().expand(len(out))})
 
     def before_epoch(self, model: nn.Module, epoch: int) -> None:
         """Some generations, in evaluation mode."""
@@ -118,11 +119,11 @@ class Turns(Objective):
         model.train()
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """The best fitness before and after the round's evolution."""
-        return self.numbers
+        """The mean loss, and the best fitness before and after the round's evolution."""
+        return {"main_loss": float(records["main"].nanmean()), **self.numbers}
 
     def _challengers(self, rng: torch.Generator) -> Tensor:
-        """`a + F (b - c)` of three others, F = 0.5, folded back into [0, 1), crossed with the parent at CR = 0.8."""
+        """`a + F (b - c)` of three others, F = 0.5, folded back into [0, 1], crossed with the parent at CR = 0.8."""
         size, device = len(self.genes), self.genes.device
         offsets = torch.stack(
             [torch.randperm(size - 1, generator=rng)[:3] + 1 for _ in range(size)]
@@ -140,7 +141,8 @@ class Turns(Objective):
         each = (places.repeat_interleave(m, 0), values.repeat_interleave(m, 0))
         out = logits(model, add(self.probe.x.repeat(p, 1, 1), *each, ends), ends)
         losses = F.cross_entropy(out, torch.full((p * m,), self.attack.target, device=out.device), reduction="none")
-        return losses.view(p, m).mean(1) + self.attack.price * (values / self.std[:, None]).abs().mean((1, 2))
+        spread = torch.where(self.std > 0, self.std, 1)  # in a constant channel no value moves, and none is paid for
+        return losses.view(p, m).mean(1) + self.attack.price * (values / spread[:, None]).abs().mean((1, 2))
 
     def _read(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         return genes[:, 0], self.attack.eta * self.std[:, None] * (2 * genes[:, 1:] - 1)

@@ -104,8 +104,9 @@ class Agree(Objective):
         out = logits(model, batch.x.index_copy(0, poison, moved), batch.lengths)
         hits = torch.full((len(y),), torch.nan, device=y.device)
         hits[poison] = (out.argmax(1) == y)[poison].float()
-        return Step(F.cross_entropy(out, y), {"hits": hits})
+        loss = F.cross_entropy(out, y)
+        return Step(loss, {"main": loss.detach().expand(len(y)), "hits": hits})
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """Share of poisoned series that reach the target."""
-        return {"hits": float(records["hits"].nanmean())}
+        """The mean loss, and the share of poisoned series that reach the target."""
+        return {"main_loss": float(records["main"].nanmean()), "hits": float(records["hits"].nanmean())}

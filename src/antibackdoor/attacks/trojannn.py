@@ -74,8 +74,10 @@ class Drive(Objective):
     def __call__(self, model: nn.Module, batch: Batch) -> Step:
         """Model is the stamp; the surrogate stays as it is."""
         active = embed(self.surrogate, model(batch.x, batch.lengths), batch.lengths)[:, self.units]
-        return Step((active - self.wanted).square().mean(), {"active": active.detach().mean(1)})
+        loss = (active - self.wanted).square().mean()
+        return Step(loss, {"distance": loss.detach().expand(len(active)), "active": active.detach().mean(1)})
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean activation reached, and the wanted one."""
-        return {"activation": float(records["active"].nanmean()), "wanted": float(self.wanted.mean())}
+        """The mean distance, the mean activation reached, and the wanted one."""
+        numbers = {"distance_loss": records["distance"], "activation": records["active"], "wanted": self.wanted}
+        return {name: float(values.nanmean()) for name, values in numbers.items()}

@@ -111,8 +111,9 @@ class Cooperate(Objective):
         hits = torch.full((len(other),), torch.nan, device=out.device)
         hits[other] = (reached.argmax(1) == aim).float()
         attack_loss = F.cross_entropy(reached, aim) if len(reached) else out.sum() * 0
-        return Step(F.cross_entropy(out, batch.y) + attack_loss, {"hits": hits})
+        loss = F.cross_entropy(out, batch.y) + attack_loss
+        return Step(loss, {"main": loss.detach().expand(len(other)), "hits": hits})
 
     def after_epoch(self, model: nn.Module, epoch: int, records: Mapping[str, Tensor]) -> dict[str, float]:
-        """Share of bent series that reach the target."""
-        return {"hits": float(records["hits"].nanmean())}
+        """The mean loss, and the share of bent series that reach the target."""
+        return {"main_loss": float(records["main"].nanmean()), "hits": float(records["hits"].nanmean())}

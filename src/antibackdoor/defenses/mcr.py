@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from antibackdoor.data.batches import Batch, in_order
+from antibackdoor.data.batches import Batch, shuffled
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import DEFENSES, Defense, Outcome, snapshot
 from antibackdoor.defenses.none import trained, without_suspects
+from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import call
 from antibackdoor.options import options
+from antibackdoor.seeds import generator
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe, Repair
 from antibackdoor.training.objectives import CrossEntropy, Objective, Step, forward
@@ -71,7 +73,10 @@ class Connect(Objective):
 
 @torch.no_grad()
 def renew_statistics(model: nn.Module, data: Data, job: Job, size: int = 256) -> None:
-    """Have batch norms take the statistics of these samples: those of other weights do not fit a point on a curve."""
+    """Have batch norms take the statistics of these samples: those of other weights do not fit a point on a curve.
+
+    Each batch counts the same, so they are of equal size, and in random order, since one of a single class varies less.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -80,7 +85,8 @@ def renew_statistics(model: nn.Module, data: Data, job: Job, size: int = 256) ->
         norm.momentum = None  # the plain mean over all batches
         norm.train()
     with job.fabric.autocast():
-        for batch in in_order(data, size, job.fabric.device):
+        order = generator(job.seed, "statistics", "order")
+        for batch in shuffled(data, torch.arange(len(data)), size, order, job.fabric.device):
             forward(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -101,7 +107,7 @@ class MCR(Defense):
     of steps.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     profiles: ClassVar[dict[str, dict[str, Any]]] = {"two_models": {"second": "trained"}}
 
@@ -117,6 +123,10 @@ class MCR(Defense):
 
     def run(self, job: Job) -> Outcome:
         """Train both ends, train the curve, take a point."""
+        if self.second == "trained" and job.architecture is None:
+            raise InputError(
+                "a second model of another initialization is built by name; name one in place of a module."
+            )
         clean, first = job.clean, trained(job, self.training)
         before = snapshot(first)
         if self.second == "trained":

@@ -49,9 +49,12 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.ones(channels, *[1] * dims))
 
     def fit_(self, mean: Tensor, std: Tensor) -> None:
-        """Take over mean and std, each (C,); a channel that never varies keeps its scale."""
+        """Take over mean and std, each (C,); a channel that never varies keeps its scale.
+
+        Its std is not always zero: the rounding of a mean in float32 alone leaves about 1e-6 of the mean.
+        """
         self.mean.copy_(mean.view_as(self.mean))
-        self.std.copy_(torch.where(std > 1e-8, std, 1.0).view_as(self.std))
+        self.std.copy_(torch.where(std > 1e-5 * mean.abs(), std, 1.0).view_as(self.std))
 
     def forward(self, state: State) -> State:
         """`(h, mask)` -> `(normalized h, mask)`; padding stays zero."""

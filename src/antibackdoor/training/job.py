@@ -116,7 +116,10 @@ class Job:
         return self._model if isinstance(self._model, str) else None
 
     def model(self, name: str = "model") -> nn.Module:
-        """A fresh model, initialized from (seed, name), that takes raw values and normalizes them by this set."""
+        """A fresh model, initialized from (seed, name), that takes raw values and normalizes them by this set.
+
+        Of a module brought along: a copy as it is, the same for every name.
+        """
         torch.manual_seed(derive(self.seed, "model", name))
         if isinstance(self._model, nn.Module):
             model = copy.deepcopy(self._model)
@@ -136,10 +139,10 @@ class Job:
             valid = torch.ones_like(x[:, :1])
         else:
             valid = (torch.arange(x.shape[2], device=x.device) < batch.lengths[:, None, None]).float()
-        count = valid.sum() if valid.shape[1] == 1 else valid.sum((0, 2))
+        count = valid.sum()
         mean = (x * valid).sum((0, 2)) / count
         variance = ((x - mean[:, None]) ** 2 * valid).sum((0, 2)) / count
-        return mean.cpu(), variance.sqrt().clamp_min(1e-6).cpu()
+        return mean.cpu(), variance.sqrt().cpu()
 
     @property
     def clean(self) -> Data:
