@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
-from antibackdoor.data.core import Data, Spec, Splits, check_trainable
+from antibackdoor.data.core import Data, Spec, Splits, as_stored, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
@@ -92,9 +92,12 @@ class Result(Findings):
 
     @torch.no_grad()
     def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
-        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
+        """Class numbers `(n,)` for a `Data`, or for samples: `(n, C, H, W)` as uint8 or in [0, 1], or `(n, C, T)`.
+
+        Raises InputError for images in another range and for values that are not finite.
+        """
         if not isinstance(x, Data):
-            stored = self.spec.encode(torch.as_tensor(x).float())
+            stored = as_stored(torch.as_tensor(x), self.spec.kind)
             none = torch.zeros(len(stored), dtype=torch.int64)
             given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
             series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]

@@ -1,11 +1,14 @@
 """The Python surface, where the command line's tests do not go."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import antibackdoor
+from antibackdoor import InputError
 from antibackdoor.attacks import ATTACKS
 from antibackdoor.bench.judge import Experiment
 from antibackdoor.data.batches import gather
@@ -15,9 +18,11 @@ from antibackdoor.defenses.trap import Trap
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import LossDrop
-from tiny import FABRIC
-from toy import toy_images
+from tiny import FABRIC, stored
+from toy import toy_images, toy_series
 
+TINY: dict[str, Any] = {"defense": "none", "options": {"recipe.min_steps": 0}, "epochs": 1, "device": "cpu"}
+SMALL = {**TINY, "model": "resnet18-w4"}
 FAST = {"warm_up.epochs": 1, "warm_up.min_steps": 0, "main.min_steps": 0}
 
 
@@ -49,3 +54,26 @@ def test_the_loss_drop_has_one_history(mixing: bool) -> None:
     tap = Tap(job.model(), None, 4, gather(job.data, torch.arange(2), FABRIC.device).x)
     trap.look(tap, 0)
     assert isinstance(trap.ranking, LossDrop) and trap.ranking.seen == 1
+
+
+def test_images_are_predicted_as_stored_or_as_floats_and_never_guessed() -> None:
+    data = toy_images(40)
+    result = antibackdoor.train(data, **SMALL)
+    x, expected = stored(data), result.predict(data)
+    assert (result.predict(x) == expected).all() and (result.predict(x.numpy()) == expected).all()
+    assert (result.predict(x / 255) == expected).all() and (result.predict(x.numpy() / 255) == expected).all()
+    for wrong in (x.float(), x.long(), x / 255 - 0.5):
+        with pytest.raises(InputError, match="uint8, or floats in \\[0, 1\\]"):
+            result.predict(wrong)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="NaN, infinite"):
+            result.predict(torch.full((2, 3, 12, 12), value))
+
+
+def test_series_are_predicted_as_they_are() -> None:
+    data = toy_series(40)
+    result = antibackdoor.train(data, **SMALL)
+    beyond = replace(data, x=stored(data) * 5)
+    assert (result.predict(beyond.x) == result.predict(beyond)).all()
+    with pytest.raises(InputError, match="NaN, infinite"):
+        result.predict(stored(data) / 0)
