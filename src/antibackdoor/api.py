@@ -6,12 +6,16 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
+from operator import index
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -38,6 +42,19 @@ from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+TAKEN: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("defense", "detector"), (str, "a name")),
+    "options": (Mapping | None, "a dictionary of names and values"),
+    "model": (str | nn.Module, "the name of a model, or a torch module"),
+    "network": (nn.Module | None, "a torch module, which `load_model` makes of a run folder"),
+    "epochs": (Integral | None, "a whole number"),
+    **dict.fromkeys(("seed", "devices", "nodes"), (Integral, "a whole number")),
+    "device": (str | torch.device, "a device or the name of one"),
+    "precision": (str, f"one of {', '.join(PRECISIONS)}"),
+    **dict.fromkeys(("out", "weights"), (str | PathLike | None, "a path")),
+    "track": (list | tuple, "a list of names"),
+}
+"""Of the arguments of a run: the types that are taken, and how they are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +140,7 @@ def train(
     model: str | nn.Module = "auto",
     epochs: int | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     compiled: bool = False,
     devices: int = 1,
@@ -153,6 +170,7 @@ def train(
     them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
     arguments = dict(locals())
+    check_arguments(arguments)
     method = make_defense(defense, options)
     check_trackers(track, out)
     extras = {} if clean is None else {"clean": _splits(clean).train}
@@ -181,7 +199,7 @@ def train(
         program=(train, arguments),
     ) as (splits, job):
         tracking = Tracking(track if first(devices * nodes) else (), job.folder)
-        tracking.begin({**config, "seed": seed})
+        tracking.begin({**config, "seed": job.seed})
         job.progress = tracking.watch(job.progress)
         outcome = method.run(job)
         job.write_history()
@@ -203,6 +221,14 @@ def train(
         return result
 
 
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """InputError where an argument of a run is of another type than those that are taken; the data check themselves."""
+    for name, value in given.items():
+        types, words = TAKEN.get(name, (object, ""))
+        if not isinstance(value, types):
+            raise InputError(f"{name} must be {words}, not {type(value).__name__}.")
+
+
 @contextmanager
 def open_run(
     data: Splits | Data | str | Path | Dataset[Any],
@@ -211,7 +237,7 @@ def open_run(
     model: str | nn.Module,
     epochs: int | None,
     seed: int,
-    device: str,
+    device: str | torch.device,
     precision: str,
     compiled: bool,
     out: str | Path | None,
@@ -230,7 +256,9 @@ def open_run(
     is given, as "clean". weights: a file that every model starts from. program: what called this, for the processes of
     other devices, which keep nothing and say nothing. Raises InputError before anything is written.
     """
-    check_devices(device, devices, nodes)
+    epochs = None if epochs is None else index(epochs)  # JSON does not take NumPy's numbers
+    seed, devices, nodes = map(index, (seed, devices, nodes))
+    check_devices(str(device), devices, nodes)
     if compiled and devices * nodes > 1:
         raise InputError("a compiled network trains on one device; leave out --compile.")
     splits = _splits(data)
@@ -242,12 +270,11 @@ def open_run(
     given = dict(extras or {})
     if "clean" in given:
         _check_clean(given["clean"], splits.train)
-    # A wrong name, kind or file of weights is told before anything is written.
-    fresh = create(model, splits.train.spec) if isinstance(model, str) else copy.deepcopy(model)
+    # What does not fit is told before anything is written.
     pretrained = None if weights is None else read_weights(Path(weights))
-    if pretrained is not None:
-        take_weights(fresh, pretrained, weights)
-    make_fabric(device, precision)
+    fabric = make_fabric(device, precision)
+    if first(devices * nodes):
+        _check_network(model, pretrained, weights, splits.train, fabric)
     folder = Path(out) if out is not None and first(devices * nodes) else None
     with ExitStack() as stack:
         if folder is not None:
@@ -274,6 +301,28 @@ def open_run(
             compiled=compiled,
         )
         yield splits, job
+
+
+def _check_network(
+    model: str | nn.Module, pretrained: Mapping[str, Tensor] | None, weights: object, data: Data, fabric: Fabric
+) -> None:
+    """InputError for a network that does not take the weights or two of the samples, or has other classes.
+
+    pretrained: what the file `weights` holds.
+    """
+    network = create(model, data.spec) if isinstance(model, str) else copy.deepcopy(model)
+    if pretrained is not None:
+        take_weights(network, pretrained, weights)
+    try:
+        answers = tuple(logits_of(network.to(fabric.device), data, fabric, torch.arange(2)).shape[1:])
+    except Exception as error:  # whatever a foreign module raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the network does not take these samples: {reason}") from None
+    if answers != (len(data.spec.classes),):
+        raise InputError(
+            f"the network gives {' x '.join(map(str, answers)) or 1} logits a sample, but the data have "
+            f"{len(data.spec.classes)} classes; give one with as many outputs as classes."
+        )
 
 
 def _shared_bytes(splits: Splits) -> int:

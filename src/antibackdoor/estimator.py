@@ -48,7 +48,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         options: dict[str, Any] | None = None,
         model: str | nn.Module = "auto",
         epochs: int | None = None,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         random_state: int | np.random.RandomState | None = None,
     ):
         self.defense = defense

@@ -1,11 +1,17 @@
 """The Python surface, where the command line's tests do not go."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 import antibackdoor
 from antibackdoor import InputError
@@ -77,3 +83,47 @@ def test_series_are_predicted_as_they_are() -> None:
     assert (result.predict(beyond.x) == result.predict(beyond)).all()
     with pytest.raises(InputError, match="NaN, infinite"):
         result.predict(stored(data) / 0)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [partial(antibackdoor.train, defense="none"), partial(antibackdoor.scan, detector="loss")],
+    ids=["train", "scan"],
+)
+def test_numbers_of_numpy_and_devices_of_torch_are_taken(tmp_path: Path, run: Callable[..., Any]) -> None:
+    given = {"epochs": np.int64(1), "seed": np.int64(3), "device": torch.device("cpu"), "out": tmp_path / "run"}
+    run(toy_images(24), model="resnet18-w4", options={"recipe.min_steps": 0}, **given)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["epochs"], config["seed"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"epochs": "1"}, "epochs must be a whole number, not str"),
+        ({"epochs": 1.5}, "epochs must be a whole number, not float"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"device": None}, "device must be"),
+        ({"options": [1]}, "options must be a dictionary"),
+        ({"model": torch.relu}, "model must be the name of a model, or a torch module"),
+        ({"track": "tensorboard"}, "track must be a list"),
+        ({"model": nn.Linear(7, 4)}, "does not take these samples"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(432, 5))}, "gives 5 logits a sample, but the data have 4"),
+        ({"data": None}, "NoneType is no data set"),
+        ({"data": pd.DataFrame({"x": [1, 2]})}, "DataFrame is no data set"),
+        ({"clean": 3}, "int is no data set"),
+    ],
+)
+def test_arguments_of_another_kind_are_told_before_anything_is_written(
+    tmp_path: Path, given: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        antibackdoor.train(**{"data": toy_images(24), **SMALL, "out": tmp_path / "run", **given})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_to_judge_with_is_a_module_that_fits(tmp_path: Path) -> None:
+    for network, sentence in (("run", "network must be a torch module"), (nn.Linear(7, 4), "does not take")):
+        with pytest.raises(InputError, match=sentence):
+            antibackdoor.scan(toy_images(24), detector="loss", network=network, device="cpu", out=tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()

@@ -33,15 +33,17 @@ Watch: TypeAlias = Callable[[str, nn.Module], dict[str, Any]]
 R = TypeVar("R", bound=Recipe)
 
 
-def make_fabric(device: str = "auto", precision: str = "auto", devices: int = 1, nodes: int = 1) -> Fabric:
-    """A Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps". devices, nodes: see `training.launch`.
+def make_fabric(
+    device: str | torch.device = "auto", precision: str = "auto", devices: int = 1, nodes: int = 1
+) -> Fabric:
+    """A Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's. devices, nodes: see `training.launch`.
 
     precision "auto" is bf16 where the hardware has it (a GPU of compute capability 8 or more, a CPU with AVX512-BF16 or
     AMX) and float32 elsewhere: emulated bf16 on a CPU is ten times slower than float32.
     """
-    accelerator, _, index = device.partition(":")
+    accelerator, _, index = str(device).partition(":")
     if accelerator not in {"auto", "cpu", "cuda", "mps"} or (index and not index.isdigit()):
-        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N, mps.")
+        raise InputError(f"unknown device {str(device)!r}; known: auto, cpu, cuda, cuda:N, mps.")
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available here; use --device cpu or auto.")
     if precision == "auto":
