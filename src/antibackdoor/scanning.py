@@ -15,6 +15,7 @@ from antibackdoor.bench.judge import Experiment, detection_measures
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.detectors import AUTO, make_detector
 from antibackdoor.environment import environment
+from antibackdoor.models.pretrained import digest
 from antibackdoor.options import values
 from antibackdoor.training.loop import Progress
 
@@ -56,6 +57,8 @@ def scan(
     name = AUTO if detector == "auto" else detector
     judge = model if network is None else network
     config = {"detector": {"name": name, "options": values(method)}, "model": model_name(judge)}
+    if network is not None:
+        config["network"] = digest(network)
     method.refuse(network)
     with open_run(
         data,

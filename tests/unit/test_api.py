@@ -1,5 +1,6 @@
 """The Python surface, where the command line's tests do not go."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from antibackdoor.data.batches import gather
 from antibackdoor.data.core import Splits
 from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.trap import Trap
+from antibackdoor.models import create
 from antibackdoor.models.tap import Tap
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import LossDrop
@@ -127,3 +129,15 @@ def test_a_network_to_judge_with_is_a_module_that_fits(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=sentence):
             antibackdoor.scan(toy_images(24), detector="loss", network=network, device="cpu", out=tmp_path / "run")  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scan_goes_on_only_with_the_network_that_it_began_with(tmp_path: Path) -> None:
+    data = toy_images(24)
+    first, second = (create("resnet18-w4", data.spec) for _ in range(2))
+    scan = partial(antibackdoor.scan, data, detector="loss", device="cpu", out=tmp_path / "run")
+    scan(network=first)
+    written = (tmp_path / "run" / "suspects.csv").read_bytes()
+    with pytest.raises(InputError, match="other data or settings"):
+        scan(network=second, resume=True)
+    scan(network=copy.deepcopy(first), resume=True)
+    assert (tmp_path / "run" / "suspects.csv").read_bytes() == written
