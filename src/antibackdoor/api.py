@@ -27,12 +27,12 @@ from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import write_csv, write_json
+from antibackdoor.files import check_free, write_csv, write_json, write_lines
 from antibackdoor.models import create, resolve
 from antibackdoor.models.pretrained import fingerprint, read_weights, take_weights
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.runs import Beginning, describe_data, issues_table, save_attention, save_gallery, save_model
 from antibackdoor.tracking import Tracking, check_trackers
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.launch import Program, check_devices, first, processes
@@ -61,7 +61,8 @@ TAKEN: dict[str, tuple[Any, str]] = {
 class Findings:
     """What is said of an untrusted set.
 
-    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report.
+    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report. beginning: what
+    was run, for its folder.
     """
 
     suspects: pd.DataFrame
@@ -69,6 +70,7 @@ class Findings:
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
     data: Data
+    beginning: Beginning
     environment: dict[str, Any]
     attention: Attention | None = None
 
@@ -77,10 +79,20 @@ class Findings:
         return issues_table(self.suspects, self.data.ids)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
+        """Make the run folder that `out` makes, report included, but for the known truth and what resumes a run.
+
+        Raises InputError for a folder that is in use.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_free(folder)
+        with self.beginning.folder(folder, self.data):
+            self.write(folder)
+        return folder
+
+    def write(self, folder: Path) -> None:
+        """Add what was found to the folder of the run, and the report; `result.json` comes last and means done."""
         write_csv(folder / "suspects.csv", self.suspects)
+        write_lines(folder / "history.jsonl", self.history)
         write_csv(folder / "history.csv", pd.DataFrame(self.history))
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
@@ -96,7 +108,6 @@ class Findings:
             "n": len(self.data),
         }
         write_json(folder / "result.json", summary)
-        return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +135,10 @@ class Result(Findings):
         fabric = make_fabric(str(device), "32-true")
         return logits_of(self.model, x, fabric).argmax(1).numpy()
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the model too, before all else."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder: Path) -> None:
+        """The model too, before all else."""
         save_model(folder, self.model, self.architecture, self.spec)
-        return super().save(folder)
+        super().write(folder)
 
 
 def train(
@@ -197,12 +206,11 @@ def train(
         devices=devices,
         nodes=nodes,
         program=(train, arguments),
-    ) as (splits, job):
+    ) as (splits, job, beginning):
         tracking = Tracking(track if first(devices * nodes) else (), job.folder)
         tracking.begin({**config, "seed": job.seed})
         job.progress = tracking.watch(job.progress)
         outcome = method.run(job)
-        job.write_history()
         result = Result(
             model=outcome.model.eval(),
             spec=splits.train.spec,
@@ -212,11 +220,12 @@ def train(
             history=job.history,
             architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
             data=splits.train,
+            beginning=beginning,
             environment=environment(job.fabric),
             attention=attention_of(job.data, outcome, job.fabric),
         )
         if job.folder is not None:
-            result.save(job.folder)
+            result.write(job.folder)
         tracking.end(result.metrics)
         return result
 
@@ -249,9 +258,10 @@ def open_run(
     program: Program,
     extras: Mapping[str, Data] | None = None,
     weights: str | Path | None = None,
-) -> Iterator[tuple[Splits, Job]]:
+) -> Iterator[tuple[Splits, Job, Beginning]]:
     """What every run starts with: data and settings checked, then the run folder, held till the end, and a job in it.
 
+    Gives the data, the job, and what the folder tells from the beginning, which is there without a folder, too.
     config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
     is given, as "clean". weights: a file that every model starts from. program: what called this, for the processes of
     other devices, which keep nothing and say nothing. Raises InputError before anything is written.
@@ -275,13 +285,12 @@ def open_run(
     fabric = make_fabric(device, precision)
     if first(devices * nodes):
         _check_network(model, pretrained, weights, splits.train, fabric)
+    settings = {**config, "epochs": epochs, "seed": seed} | {name: x.fingerprint() for name, x in given.items()}
+    beginning = Beginning(settings=settings, described=describe_data(splits), source=splits.source)
     folder = Path(out) if out is not None and first(devices * nodes) else None
     with ExitStack() as stack:
         if folder is not None:
-            told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
-            told |= {name: extra.fingerprint() for name, extra in given.items()}
-            stack.enter_context(open_folder(folder, told, resume=resume, source=splits.source))
-            write_json(folder / "data.json", describe_data(splits))
+            stack.enter_context(beginning.folder(folder, splits.train, resume=resume))
             if experiment is not None:
                 write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
         silent = {"data": splits, "out": None, "resume": False, "progress": None}
@@ -300,7 +309,7 @@ def open_run(
             weights=pretrained,
             compiled=compiled,
         )
-        yield splits, job
+        yield splits, job, beginning
 
 
 def _check_network(

@@ -76,9 +76,8 @@ def scan(
         devices=devices,
         nodes=nodes,
         program=(scan, arguments),
-    ) as (splits, job):
+    ) as (splits, job, beginning):
         outcome = method.run(job, None if network is None else job.model())
-        job.write_history()
         suspects = suspects_table(splits.train, outcome)
         if not method.estimates_probability:
             suspects["probability"] = float("nan")
@@ -89,9 +88,10 @@ def scan(
             metrics={**known, "cost": cost(job)},
             history=job.history,
             data=splits.train,
+            beginning=beginning,
             environment=environment(job.fabric),
             attention=attention_of(job.data, outcome, job.fabric),
         )
         if job.folder is not None:
-            findings.save(job.folder)
+            findings.write(job.folder)
         return findings

@@ -24,6 +24,7 @@ from antibackdoor.defenses.e2abl import E2ABL
 from antibackdoor.defenses.trap import Trap
 from antibackdoor.models import create
 from antibackdoor.models.tap import Tap
+from antibackdoor.review.session import open_session
 from antibackdoor.training.job import Job
 from antibackdoor.training.ranking import LossDrop
 from tiny import FABRIC, stored
@@ -141,3 +142,16 @@ def test_a_scan_goes_on_only_with_the_network_that_it_began_with(tmp_path: Path)
         scan(network=second, resume=True)
     scan(network=copy.deepcopy(first), resume=True)
     assert (tmp_path / "run" / "suspects.csv").read_bytes() == written
+
+
+def test_what_is_saved_later_is_the_folder_that_out_makes(tmp_path: Path) -> None:
+    data = toy_images(40)
+    result = antibackdoor.train(data, **SMALL, out=tmp_path / "run")
+    saved = result.save(tmp_path / "saved")
+    for path in (tmp_path / "run").iterdir():
+        assert (saved / path.name).exists() == (path.name != "stages")
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".csv"):
+            assert (saved / path.name).read_bytes() == path.read_bytes()
+    assert open_session(saved, Splits(data)).data is data
+    with pytest.raises(InputError, match="not empty; choose another folder"):
+        antibackdoor.scan(data, detector="loss", model="resnet18-w4", epochs=1, device="cpu").save(saved)

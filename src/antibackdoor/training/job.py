@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from antibackdoor.data.batches import gather, to_device
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
-from antibackdoor.files import Tree, load_state, save_state, write_text
+from antibackdoor.files import Tree, load_state, save_state, write_lines
 from antibackdoor.models import create, set_normalization
 from antibackdoor.models.pretrained import take_weights
 from antibackdoor.seeds import derive
@@ -236,7 +235,7 @@ class Job:
     def write_history(self) -> None:
         """Write `history.jsonl` as it stands, one row an epoch and stage."""
         if self.folder is not None:
-            write_text(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+            write_lines(self.folder / "history.jsonl", self.history)
 
     def _stage(self, name: str) -> Path | None:
         """The file of a stage; a name used twice in a run would return another stage's value, so it is refused."""
