@@ -6,29 +6,33 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
+from operator import index
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from antibackdoor.attention import Attention, attention_of
 from antibackdoor.bench.judge import Experiment, accuracy, attack_measures, detection_measures
-from antibackdoor.data.core import Data, Spec, Splits, check_trainable
+from antibackdoor.data.core import Data, Spec, Splits, as_stored, check_trainable
 from antibackdoor.data.load import load
 from antibackdoor.data.truth import truth_table
 from antibackdoor.defenses import AUTO, Outcome, check_given, make_defense
 from antibackdoor.environment import environment
 from antibackdoor.errors import InputError, unknown
-from antibackdoor.files import write_csv, write_json
+from antibackdoor.files import check_free, write_csv, write_json, write_lines
 from antibackdoor.models import create, resolve
 from antibackdoor.models.pretrained import fingerprint, read_weights, take_weights
 from antibackdoor.options import values
 from antibackdoor.report import build_report
-from antibackdoor.runs import describe_data, issues_table, open_folder, save_attention, save_gallery, save_model
+from antibackdoor.runs import Beginning, describe_data, issues_table, save_attention, save_gallery, save_model
 from antibackdoor.tracking import Tracking, check_trackers
 from antibackdoor.training.job import Job, make_fabric
 from antibackdoor.training.launch import Program, check_devices, first, processes
@@ -38,13 +42,27 @@ from antibackdoor.training.scores import logits_of
 from antibackdoor.verdict import Verdict, decide
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+TAKEN: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("defense", "detector"), (str, "a name")),
+    "options": (Mapping | None, "a dictionary of names and values"),
+    "model": (str | nn.Module, "the name of a model, or a torch module"),
+    "network": (nn.Module | None, "a torch module, which `load_model` makes of a run folder"),
+    "epochs": (Integral | None, "a whole number"),
+    **dict.fromkeys(("seed", "devices", "nodes"), (Integral, "a whole number")),
+    "device": (str | torch.device, "a device or the name of one"),
+    "precision": (str, f"one of {', '.join(PRECISIONS)}"),
+    **dict.fromkeys(("out", "weights"), (str | PathLike | None, "a path")),
+    "track": (list | tuple, "a list of names"),
+}
+"""Of the arguments of a run: the types that are taken, and how they are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """What is said of an untrusted set.
 
-    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report.
+    suspects: every sample, most suspicious first. attention: where the backdoor shows, for the report. beginning: what
+    was run, for its folder.
     """
 
     suspects: pd.DataFrame
@@ -52,6 +70,7 @@ class Findings:
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
     data: Data
+    beginning: Beginning
     environment: dict[str, Any]
     attention: Attention | None = None
 
@@ -60,10 +79,20 @@ class Findings:
         return issues_table(self.suspects, self.data.ids)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the run folder (see the docs for its files) and its report; `result.json` comes last and means done."""
+        """Make the run folder that `out` makes, report included, but for the known truth and what resumes a run.
+
+        Raises InputError for a folder that is in use.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_free(folder)
+        with self.beginning.folder(folder, self.data):
+            self.write(folder)
+        return folder
+
+    def write(self, folder: Path) -> None:
+        """Add what was found to the folder of the run, and the report; `result.json` comes last and means done."""
         write_csv(folder / "suspects.csv", self.suspects)
+        write_lines(folder / "history.jsonl", self.history)
         write_csv(folder / "history.csv", pd.DataFrame(self.history))
         reference = None if self.attention is None else self.attention.reference
         save_gallery(folder, self.data, self.suspects, reference)
@@ -79,7 +108,6 @@ class Findings:
             "n": len(self.data),
         }
         write_json(folder / "result.json", summary)
-        return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +120,12 @@ class Result(Findings):
 
     @torch.no_grad()
     def predict(self, x: Data | Tensor | np.ndarray, lengths: Tensor | None = None) -> np.ndarray:
-        """Class numbers `(n,)` for a `Data`, or for decoded samples: `(n, C, H, W)` in [0, 1] or `(n, C, T)`."""
+        """Class numbers `(n,)` for a `Data`, or for samples: `(n, C, H, W)` as uint8 or in [0, 1], or `(n, C, T)`.
+
+        Raises InputError for images in another range and for values that are not finite.
+        """
         if not isinstance(x, Data):
-            stored = self.spec.encode(torch.as_tensor(x).float())
+            stored = as_stored(torch.as_tensor(x), self.spec.kind)
             none = torch.zeros(len(stored), dtype=torch.int64)
             given = tuple(stored.shape[1:])  # series may be shorter or longer than those of the training set
             series = self.spec.kind == "series" and given[:1] == self.spec.shape[:1]
@@ -104,12 +135,10 @@ class Result(Findings):
         fabric = make_fabric(str(device), "32-true")
         return logits_of(self.model, x, fabric).argmax(1).numpy()
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the model too, before all else."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder: Path) -> None:
+        """The model too, before all else."""
         save_model(folder, self.model, self.architecture, self.spec)
-        return super().save(folder)
+        super().write(folder)
 
 
 def train(
@@ -120,7 +149,7 @@ def train(
     model: str | nn.Module = "auto",
     epochs: int | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     compiled: bool = False,
     devices: int = 1,
@@ -150,6 +179,7 @@ def train(
     them and for no other; of `Splits` the training part. Raises InputError for bad input.
     """
     arguments = dict(locals())
+    check_arguments(arguments)
     method = make_defense(defense, options)
     check_trackers(track, out)
     extras = {} if clean is None else {"clean": _splits(clean).train}
@@ -176,12 +206,11 @@ def train(
         devices=devices,
         nodes=nodes,
         program=(train, arguments),
-    ) as (splits, job):
+    ) as (splits, job, beginning):
         tracking = Tracking(track if first(devices * nodes) else (), job.folder)
-        tracking.begin({**config, "seed": seed})
+        tracking.begin({**config, "seed": job.seed})
         job.progress = tracking.watch(job.progress)
         outcome = method.run(job)
-        job.write_history()
         result = Result(
             model=outcome.model.eval(),
             spec=splits.train.spec,
@@ -191,13 +220,22 @@ def train(
             history=job.history,
             architecture=resolve(model, splits.train.spec) if isinstance(model, str) else None,
             data=splits.train,
+            beginning=beginning,
             environment=environment(job.fabric),
             attention=attention_of(job.data, outcome, job.fabric),
         )
         if job.folder is not None:
-            result.save(job.folder)
+            result.write(job.folder)
         tracking.end(result.metrics)
         return result
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """InputError where an argument of a run is of another type than those that are taken; the data check themselves."""
+    for name, value in given.items():
+        types, words = TAKEN.get(name, (object, ""))
+        if not isinstance(value, types):
+            raise InputError(f"{name} must be {words}, not {type(value).__name__}.")
 
 
 @contextmanager
@@ -208,7 +246,7 @@ def open_run(
     model: str | nn.Module,
     epochs: int | None,
     seed: int,
-    device: str,
+    device: str | torch.device,
     precision: str,
     compiled: bool,
     out: str | Path | None,
@@ -220,14 +258,17 @@ def open_run(
     program: Program,
     extras: Mapping[str, Data] | None = None,
     weights: str | Path | None = None,
-) -> Iterator[tuple[Splits, Job]]:
+) -> Iterator[tuple[Splits, Job, Beginning]]:
     """What every run starts with: data and settings checked, then the run folder, held till the end, and a job in it.
 
+    Gives the data, the job, and what the folder tells from the beginning, which is there without a folder, too.
     config: what `config.json` says of the method; data, epochs, seed and extras are added. extras: what else a method
     is given, as "clean". weights: a file that every model starts from. program: what called this, for the processes of
     other devices, which keep nothing and say nothing. Raises InputError before anything is written.
     """
-    check_devices(device, devices, nodes)
+    epochs = None if epochs is None else index(epochs)  # JSON does not take NumPy's numbers
+    seed, devices, nodes = map(index, (seed, devices, nodes))
+    check_devices(str(device), devices, nodes)
     if compiled and devices * nodes > 1:
         raise InputError("a compiled network trains on one device; leave out --compile.")
     splits = _splits(data)
@@ -239,19 +280,17 @@ def open_run(
     given = dict(extras or {})
     if "clean" in given:
         _check_clean(given["clean"], splits.train)
-    # A wrong name, kind or file of weights is told before anything is written.
-    fresh = create(model, splits.train.spec) if isinstance(model, str) else copy.deepcopy(model)
+    # What does not fit is told before anything is written.
     pretrained = None if weights is None else read_weights(Path(weights))
-    if pretrained is not None:
-        take_weights(fresh, pretrained, weights)
-    make_fabric(device, precision)
+    fabric = make_fabric(device, precision)
+    if first(devices * nodes):
+        _check_network(model, pretrained, weights, splits.train, fabric)
+    settings = {**config, "epochs": epochs, "seed": seed} | {name: x.fingerprint() for name, x in given.items()}
+    beginning = Beginning(settings=settings, described=describe_data(splits), source=splits.source)
     folder = Path(out) if out is not None and first(devices * nodes) else None
     with ExitStack() as stack:
         if folder is not None:
-            told = {"data": splits.train.fingerprint(), **config, "epochs": epochs, "seed": seed}
-            told |= {name: extra.fingerprint() for name, extra in given.items()}
-            stack.enter_context(open_folder(folder, told, resume=resume, source=splits.source))
-            write_json(folder / "data.json", describe_data(splits))
+            stack.enter_context(beginning.folder(folder, splits.train, resume=resume))
             if experiment is not None:
                 write_csv(folder / "truth.csv", truth_table(splits.train, experiment.truth))
         silent = {"data": splits, "out": None, "resume": False, "progress": None}
@@ -270,7 +309,29 @@ def open_run(
             weights=pretrained,
             compiled=compiled,
         )
-        yield splits, job
+        yield splits, job, beginning
+
+
+def _check_network(
+    model: str | nn.Module, pretrained: Mapping[str, Tensor] | None, weights: object, data: Data, fabric: Fabric
+) -> None:
+    """InputError for a network that does not take the weights or two of the samples, or has other classes.
+
+    pretrained: what the file `weights` holds.
+    """
+    network = create(model, data.spec) if isinstance(model, str) else copy.deepcopy(model)
+    if pretrained is not None:
+        take_weights(network, pretrained, weights)
+    try:
+        answers = tuple(logits_of(network.to(fabric.device), data, fabric, torch.arange(2)).shape[1:])
+    except Exception as error:  # whatever a foreign module raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the network does not take these samples: {reason}") from None
+    if answers != (len(data.spec.classes),):
+        raise InputError(
+            f"the network gives {' x '.join(map(str, answers)) or 1} logits a sample, but the data have "
+            f"{len(data.spec.classes)} classes; give one with as many outputs as classes."
+        )
 
 
 def _shared_bytes(splits: Splits) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from antibackdoor.errors import InputError
 from antibackdoor.files import check_free, read_json, write_json
 from antibackdoor.report import build_report
 from antibackdoor.report.words import measure
+from antibackdoor.training.launch import ending
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ SCENES = {
 ATTACK, RATE = "badnets", 0.1
 MODEL = "resnet18-w16"
 RUNS = {"no defense": "none", "defended": "auto"}
+ERROR = "error: "
+"""What the sentence begins with by which a command tells why it failed."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """For networks too small to be shared among threads, which would wait for each other most of the time."""
 
@@ -92,10 +96,13 @@ def run_demo(
 
 
 def run_all(commands: dict[str, list[str]], console: Console) -> None:
-    """Run the commands side by side, in this order; every line that they say is passed on under their name."""
+    """Run the commands side by side, in this order; every line that they say is passed on under their name.
+
+    Raises InputError where one fails: what it said of that, else how it ended.
+    """
     running, env = dict[str, subprocess.Popen[str]](), {**os.environ, **ONE_THREAD}
 
-    def run(name: str) -> str:
+    def run(name: str) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "antibackdoor.cli", *commands[name]],
             stdout=subprocess.DEVNULL,
@@ -108,13 +115,16 @@ def run_all(commands: dict[str, list[str]], console: Console) -> None:
         for line in process.stderr or ():
             last = line.strip()
             console.print(f"{name}: {last}", markup=False, highlight=False, soft_wrap=True)
-        return last if process.wait() else ""
+        status = process.wait()
+        if status and last.startswith(ERROR):
+            raise InputError(last.removeprefix(ERROR))
+        if status:  # killed, for example where memory is short, or broken: its last words may be of anything
+            again = shlex.join(["antibackdoor", *commands[name], "--resume"])
+            raise InputError(f"the run {name!r} {ending(status)}; go on with it by itself, to see why: {again}")
 
     pool = ThreadPoolExecutor(max_workers=cores())
     try:
-        for broken in pool.map(run, commands):
-            if broken:
-                raise InputError(broken.removeprefix("error: "))
+        list(pool.map(run, commands))  # raises what one of them raises
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running.values():

@@ -20,7 +20,7 @@ from sklearn.utils.validation import (
 from torch import nn
 
 from antibackdoor.api import train
-from antibackdoor.data.core import Data, Spec
+from antibackdoor.data.core import Data, Kind, Spec, as_stored
 from antibackdoor.training.job import make_fabric
 from antibackdoor.training.scores import logits_of
 
@@ -48,7 +48,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         options: dict[str, Any] | None = None,
         model: str | nn.Module = "auto",
         epochs: int | None = None,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         random_state: int | np.random.RandomState | None = None,
     ):
         self.defense = defense
@@ -124,18 +124,13 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         labels, ids = torch.from_numpy(y), [str(row) for row in range(len(x))]
         names = tuple(str(name) for name in self.classes_)
         names = names if len(set(names)) == len(names) else tuple(str(k) for k in range(len(names)))
-        if x.ndim == 4:
-            if x.dtype != np.uint8:
-                if x.min() < 0 or x.max() > 1:
-                    raise ValueError("images in X must be uint8, or floats in [0, 1] without normalization.")
-                x = np.round(x * 255).astype(np.uint8)
-            stored = torch.from_numpy(np.ascontiguousarray(x))
-            return Data(stored, labels, spec or Spec("image", tuple(stored.shape[1:]), names), ids)
-        with np.errstate(over="ignore"):
-            values = np.ascontiguousarray(x if x.ndim == 3 else x[:, None], dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError("X contains values too large for float32.")
-        low, high = float(values.min()), float(values.max())
-        return Data(
-            torch.from_numpy(values), labels, spec or Spec("series", tuple(values.shape[1:]), names, low, high), ids
-        )
+        kind: Kind = "image" if x.ndim == 4 else "series"
+        with np.errstate(over="ignore"):  # `as_stored` tells
+            x = np.ascontiguousarray(
+                x if x.ndim > 2 else x[:, None], dtype=np.uint8 if x.dtype == np.uint8 else np.float32
+            )
+        stored = as_stored(torch.from_numpy(x), kind)
+        if spec is None:
+            low, high = (0.0, 1.0) if kind == "image" else (float(stored.min()), float(stored.max()))
+            spec = Spec(kind, tuple(stored.shape[1:]), names, low, high)
+        return Data(stored, labels, spec, ids)

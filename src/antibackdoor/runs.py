@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +101,27 @@ def refuse_inside(out: Path, source: Mapping[str, Any] | None) -> None:
             raise InputError(
                 f"{out} lies in the folder of the data ({place}), and would be read as data; choose another."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What a run folder tells before anything is found.
+
+    settings: `config.json` but for the fingerprint of the data, which takes a pass over them. described: `data.json`.
+    source: `source.json`, of data that `load` has read.
+    """
+
+    settings: Mapping[str, Any]
+    described: Mapping[str, Any]
+    source: Mapping[str, Any] | None
+
+    @contextmanager
+    def folder(self, folder: Path, data: Data, *, resume: bool = False) -> Iterator[None]:
+        """A run folder on these data that tells so, held until the end; see `open_folder`."""
+        config = {"data": data.fingerprint(), **self.settings}
+        with open_folder(folder, config, resume=resume, source=self.source):
+            write_json(folder / "data.json", dict(self.described))
+            yield
 
 
 def _in_use(folder: Path, resume: bool) -> bool:

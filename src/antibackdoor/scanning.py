@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,15 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from antibackdoor.api import Findings, cost, model_name, open_run, suspects_table, with_collapse
+from antibackdoor.api import Findings, check_arguments, cost, model_name, open_run, suspects_table, with_collapse
 from antibackdoor.attention import attention_of
 from antibackdoor.bench.judge import Experiment, detection_measures
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.detectors import AUTO, make_detector
 from antibackdoor.environment import environment
-from antibackdoor.errors import InputError
+from antibackdoor.models.pretrained import digest
 from antibackdoor.options import values
-from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Progress
-from antibackdoor.training.scores import logits_of
 
 MODEL = "auto-w16"
 """What "auto" means here: the network is thrown away, so half the width of the one that `train` hands out will do."""
@@ -35,7 +32,7 @@ def scan(
     network: nn.Module | None = None,
     epochs: int | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
     compiled: bool = False,
     devices: int = 1,
@@ -53,19 +50,20 @@ def scan(
     `suspects["probability"]` is NaN where the detector estimates none. Raises InputError for bad input.
     """
     arguments = dict(locals())
+    check_arguments(arguments)
     method = make_detector(detector, options)
     if model == "auto":
         model = MODEL
     name = AUTO if detector == "auto" else detector
-    config = {
-        "detector": {"name": name, "options": values(method)},
-        "model": model_name(model if network is None else network),
-    }
+    judge = model if network is None else network
+    config = {"detector": {"name": name, "options": values(method)}, "model": model_name(judge)}
+    if network is not None:
+        config["network"] = digest(network)
     method.refuse(network)
     with open_run(
         data,
         config,
-        model=model,
+        model=judge,
         epochs=epochs,
         seed=seed,
         device=device,
@@ -78,9 +76,8 @@ def scan(
         devices=devices,
         nodes=nodes,
         program=(scan, arguments),
-    ) as (splits, job):
-        outcome = method.run(job, None if network is None else _ready(network, job))
-        job.write_history()
+    ) as (splits, job, beginning):
+        outcome = method.run(job, None if network is None else job.model())
         suspects = suspects_table(splits.train, outcome)
         if not method.estimates_probability:
             suspects["probability"] = float("nan")
@@ -91,22 +88,10 @@ def scan(
             metrics={**known, "cost": cost(job)},
             history=job.history,
             data=splits.train,
+            beginning=beginning,
             environment=environment(job.fabric),
             attention=attention_of(job.data, outcome, job.fabric),
         )
         if job.folder is not None:
-            findings.save(job.folder)
+            findings.write(job.folder)
         return findings
-
-
-def _ready(network: nn.Module, job: Job) -> nn.Module:
-    """A copy on the job's device; InputError where it does not take the samples or has other classes."""
-    network = copy.deepcopy(network).to(job.fabric.device)
-    try:
-        width = logits_of(network, job.data, job.fabric, torch.arange(2)).shape[1]
-    except Exception as error:  # whatever a foreign module raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the network does not take these samples: {reason}") from None
-    if width != len(job.data.spec.classes):
-        raise InputError(f"the network knows {width} classes, but the data have {len(job.data.spec.classes)}.")
-    return network

@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from antibackdoor import load
+from antibackdoor import InputError, load
 from antibackdoor.bench.poisoned import poison, read_experiment
+from antibackdoor.demo import run_all
 from toy_files import TINY, TINY_DEFENSE, UNDEFENDED, Run, cut_network, write_images, write_recordings, write_series
 from toy_review import toy_run_of
 
@@ -152,6 +154,27 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [row["name"] for row in rows] == ["no defense", "defended"]
     run("demo", "--out", tmp_path / "demo", status=2)
     assert not (tmp_path / "tried").exists(), "the network"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals, no shell")
+@pytest.mark.parametrize(
+    ("ends", "sentence"),
+    [
+        ("kill -9 $$", "'digits, defended' was killed by signal 9; .*train digits --resume"),
+        ("echo 'epoch 3 of 9' >&2; kill -9 $$", "was killed by signal 9"),
+        ("echo 'epoch 3 of 9' >&2; exit 1", "ended with status 1"),
+        ("echo 'error: the disk is full.' >&2; exit 2", r"^the disk is full\.$"),
+    ],
+)
+def test_a_run_of_the_demo_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, sentence: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{ends}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(InputError, match=sentence):
+        run_all({"digits, defended": ["train", "digits"]}, Console(quiet=True))
 
 
 def test_review_cleans_and_train_goes_on_with_it(run: Run, images: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_any_module_can_judge() -> None:
     assert found.history == [] and not found.verdict.poisoned
     with pytest.raises(InputError, match="does not take these samples"):
         antibackdoor.scan(data, detector="loss", network=linear(7, 4))
-    with pytest.raises(InputError, match="knows 7 classes, but the data have 4"):
+    with pytest.raises(InputError, match="gives 7 logits a sample, but the data have 4 classes"):
         antibackdoor.scan(data, detector="loss", network=torch.nn.Sequential(flatten, linear(432, 7)))
     assert callable(antibackdoor.scan)  # not the module of that name
     architecture = create("resnet18-w4", data.spec)

@@ -20,6 +20,7 @@ import torch
 from antibackdoor.bench.cell import Cell, run_cell
 from antibackdoor.bench.machine import cores, free_memory
 from antibackdoor.errors import InputError
+from antibackdoor.training.launch import ending
 from antibackdoor.training.loop import Progress
 
 ATTACKS = "attacks"
@@ -182,7 +183,7 @@ class Local:
                 if event is None:
                     self.workers.remove(worker)
                     if worker.task is not None:
-                        reason = f"the worker process ended with status {worker.process.wait()}"
+                        reason = f"the worker process {ending(worker.process.wait())}"
                         events.append(Event(worker.task.name, "lost", {"error": reason}))
                 else:
                     events.append(event)

@@ -60,7 +60,30 @@ class Spec:
     def encode(self, x: Tensor) -> Tensor:
         """Float rows -> stored rows: clipped to [low, high] in float FIRST, then, for images, put on the 8-bit grid."""
         x = x.clamp(self.low, self.high)
-        return x.mul(255).round_().to(torch.uint8) if self.kind == "image" else x.float()
+        return _pixels(x) if self.kind == "image" else x.float()
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Floats in [0, 1] on the 8-bit grid."""
+    return x.mul(255).round_().to(torch.uint8)
+
+
+def as_stored(x: Tensor, kind: Kind) -> Tensor:
+    """Samples as programs pass them around -> stored rows; nothing is clipped, so that nothing is guessed.
+
+    Images are uint8, taken as they are, or floats in [0, 1]; series are numbers of any type.
+    Raises InputError for images in another range and for values that float32 does not hold.
+    """
+    if kind == "image" and x.dtype == torch.uint8:
+        return x
+    x = x.float()
+    if not x.isfinite().all():
+        raise InputError("the samples hold values that are NaN, infinite, or too large for float32.")
+    if kind == "series":
+        return x
+    if ((x < 0) | (x > 1)).any():
+        raise InputError("images must be uint8, or floats in [0, 1] without normalization.")
+    return _pixels(x)
 
 
 @dataclass(frozen=True)

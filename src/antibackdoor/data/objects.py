@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -128,7 +129,16 @@ class _Part:
 
 
 def _items(dataset: Dataset[Any]) -> Iterator[Any]:
-    """By number where the data set has a length: iterating such a one relies on its IndexError at the end."""
+    """By number where the data set has a length: iterating such a one relies on its IndexError at the end.
+
+    InputError for what programs take for data, and that has no samples one by one: None, a table, a dictionary.
+    """
+    by_name = isinstance(dataset, Mapping | pd.DataFrame | pd.Series)
+    if by_name or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        raise InputError(
+            f"{type(dataset).__name__} is no data set: give a path, the name of a set, or a torch Dataset, "
+            "whose samples are pairs (sample, label)."
+        )
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return (dataset[row] for row in range(len(dataset)))
     return iter(dataset)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -54,6 +55,16 @@ def fingerprint(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()[:32]
+
+
+def digest(model: nn.Module) -> str:
+    """A content hash of a network's weights, names and shapes included."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):  # a module may keep anything else there, too
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def take_weights(model: nn.Module, weights: Mapping[str, Tensor], where: object) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import time
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from antibackdoor.data.batches import gather, to_device
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
-from antibackdoor.files import Tree, load_state, save_state, write_text
+from antibackdoor.files import Tree, load_state, save_state, write_lines
 from antibackdoor.models import create, set_normalization
 from antibackdoor.models.pretrained import take_weights
 from antibackdoor.seeds import derive
@@ -34,18 +33,21 @@ Watch: TypeAlias = Callable[[str, nn.Module], dict[str, Any]]
 R = TypeVar("R", bound=Recipe)
 
 
-def make_fabric(device: str = "auto", precision: str = "auto", devices: int = 1, nodes: int = 1) -> Fabric:
-    """A Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps". devices, nodes: see `training.launch`.
+def make_fabric(
+    device: str | torch.device = "auto", precision: str = "auto", devices: int = 1, nodes: int = 1
+) -> Fabric:
+    """A Fabric. device: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's. devices, nodes: see `training.launch`.
 
     precision "auto" is bf16 where the hardware has it (a GPU of compute capability 8 or more, a CPU with AVX512-BF16 or
     AMX) and float32 elsewhere: emulated bf16 on a CPU is ten times slower than float32.
     """
-    if not re.fullmatch(r"auto|cpu|(cuda|mps)(:\d{1,3})?", device):
-        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N, mps.")
-    accelerator, _, index = device.partition(":")
+    name = str(device)
+    if not re.fullmatch(r"auto|cpu|(cuda|mps)(:\d{1,3})?", name):
+        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:N, mps.")
+    accelerator, _, index = name.partition(":")
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if int(index or 0) >= there.get(accelerator, 1):
-        raise InputError(f"there is no device {device!r} here; use --device cpu or auto.")
+        raise InputError(f"there is no device {name!r} here; use --device cpu or auto.")
     if precision == "auto":
         if accelerator != "cpu" and torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -239,7 +241,7 @@ class Job:
     def write_history(self) -> None:
         """Write `history.jsonl` as it stands, one row an epoch and stage."""
         if self.folder is not None:
-            write_text(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+            write_lines(self.folder / "history.jsonl", self.history)
 
     def _stage(self, name: str) -> Path | None:
         """The file of a stage; a name used twice in a run would return another stage's value, so it is refused."""

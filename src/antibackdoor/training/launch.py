@@ -64,6 +64,11 @@ def first(world: int) -> bool:
     return world == 1 or not launched() or os.environ["RANK"] == "0"
 
 
+def ending(status: int) -> str:
+    """How a process ended, in words that follow its name; a signal, of the system too that lacks memory, is below 0."""
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
 @contextmanager
 def processes(devices: int, nodes: int, program: Program, size: int = 0) -> Iterator[None]:
     """For the length of the block, this process is the first of `devices` x `nodes`; the others run `program`.
@@ -189,8 +194,7 @@ class _Others:
             return str(min(told)[1])
         codes = {rank: process.exitcode for rank, process in enumerate(self.processes, 1) if process.exitcode}
         rank, code = next(iter(codes.items()))
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        return f"the process of device {rank} {how}; go on with --resume."
+        return f"the process of device {rank} {ending(code)}; go on with --resume."
 
     def join(self) -> None:
         """Wait for all to end by themselves."""
