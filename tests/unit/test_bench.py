@@ -19,9 +19,14 @@ from antibackdoor.bench.ledger import Ledger, Record, compact, digest, read_ledg
 from antibackdoor.bench.plan import Estimates, duration, plan_text
 from antibackdoor.bench.run import LOST, Watcher, run_cells
 from antibackdoor.bench.tables import MAIN_TRAINING, detection_table, latex, markdown, render, table
+from antibackdoor.data.arrays import write_npz
+from antibackdoor.data.catalog import CATALOG
+from antibackdoor.data.core import Splits
 from antibackdoor.defenses import DEFENSES
 from antibackdoor.errors import InputError
 from antibackdoor.options import values
+from toy import toy_images
+from toy_files import write_images
 
 GRID = """
 [[cells]]
@@ -190,6 +195,62 @@ def test_names_of_results_stand() -> None:
     name, record = next(iter(read_ledger(ledger).items()))
     cell = {key: value for key, value in record["cell"].items() if key != "defense_changes"}
     assert Cell(**{**cell, "defense_options": record["cell"]["defense_changes"]}).name() == name
+    names = {entry.name: Cell(data=entry.name).name() for entry in CATALOG.values()}
+    assert all(name.startswith(f"{data}-none-none-auto-s0-") for data, name in names.items())
+
+
+def own_data(path: Path, seed: int = 0) -> str:
+    path.parent.mkdir(exist_ok=True)
+    write_npz(path, Splits(toy_images(20, seed=seed), toy_images(8, seed=seed + 1)))
+    return str(path)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_benchmark_of_a_file_leaves_everything_in_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absolute: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, ledger = own_data((tmp_path if absolute else Path()) / "dd" / "x.npz"), tmp_path / "ledger"
+    block = GRID[GRID.rindex("[[cells]]") :].replace("digits", data).replace("[0, 0]", "[0, 1]")
+    path = grid(tmp_path, block + 'defense_options = { "recipe.min_steps" = 0 }')
+
+    def run() -> set[str]:
+        assert run_cells(read_grid(path).cells(), Ledger(ledger), Here(), stages=ledger / ".stages", device="cpu") == []
+        return {file.stem for file in ledger.glob("*.json")}
+
+    first = run()
+    assert len(first) == 2 and all("dd_x_npz-none-none-resnet18-w4-s" in name for name in first)
+    assert run() == first == set(read_ledger(ledger))
+    assert {file.name for file in tmp_path.iterdir()} == {"dd", "grid.toml", "ledger"}
+    assert [file.name for file in (tmp_path / "dd").iterdir()] == ["x.npz"]
+    own_data(Path(data), seed=2)
+    second = run()
+    assert first < second and len(second) == 4, "what was made of other data does not stand for these"
+    own_data(Path(data))
+    assert run() == second, "what counts is the content, not when it was written"
+
+
+def test_a_cell_counts_what_a_path_holds_and_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, alike = (Cell(data=own_data(Path(path))) for path in ("a_x.npz", "a/x.npz"))
+    catalog = Cell(data="digits")
+    assert one.resolved()["content"] == alike.resolved()["content"] and "content" not in catalog.resolved()
+    assert one.name() != alike.name() and one.name()[:-8] == alike.name()[:-8]
+    train = one.resolved()["content"][0]
+    write_npz(tmp_path / "a_x.npz", Splits(toy_images(20), toy_images(8, seed=5)))
+    assert one.resolved()["content"][0] == train and one.resolved()["content"] != alike.resolved()["content"]
+    before = catalog.name()
+    write_images(tmp_path / "digits", count=2)  # a path goes before a name
+    assert catalog.name() != before
+    assert len(Cell(data="x" * 200).name()) < 100, "data that are not there are told when they are needed"
+
+
+def test_data_that_change_under_a_benchmark_are_told(tmp_path: Path) -> None:
+    cell = replace(TINY, data=own_data(tmp_path / "x.npz"))
+    task = Task(cell.name(), cell, tmp_path / "s", "cpu")
+    own_data(tmp_path / "x.npz", seed=2)
+    event = work(task, lambda told: None)
+    assert event.kind == "broken" and "holds something else than when the benchmark began" in event.content["error"]
 
 
 def test_cells_run_once_and_a_broken_one_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -384,7 +445,8 @@ def test_local_workers_mind_cores_and_memory() -> None:
 
 
 def test_a_task_travels_as_text(tmp_path: Path) -> None:
-    task = Task("n", replace(TINY, attack="badnets", attack_options={"rate": 0.2}), tmp_path, "cpu")
+    cell = replace(TINY, attack="badnets", attack_options={"rate": 0.2})
+    task = Task(cell.name(), cell, tmp_path, "cpu")
     assert Task.read(task.text()) == task
     told: list[Event] = []
     event = work(replace(task, stages=tmp_path / "s"), told.append)

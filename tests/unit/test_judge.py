@@ -186,6 +186,8 @@ def test_partition_measures_by_hand() -> None:
     assert got["labels_moved_off_target"] == {"value": 1.0, "count": 1, "n": 1}
     assert got["poison_among_recovered"] == {"value": 1.0, "count": 1, "n": 1}
     assert got["precision_top_1_percent"] == {"value": 0.0, "count": 0, "n": 1}  # one at least, here the last
+    own = partition_measures(replace(partition, scores=-torch.arange(5.0)), torch.arange(5.0), TRUTH)
+    assert own["precision_top_1_percent"] == {"value": 1.0, "count": 1, "n": 1}  # by its own ranking, here the first
 
 
 def test_what_a_trace_tells_by_hand() -> None:

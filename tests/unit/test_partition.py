@@ -50,7 +50,7 @@ class Heads:
         self.company: Company | None = None
         self.scores = torch.zeros(20)
         self.scores[first] = torch.arange(20, 20 - len(first), -1).float()
-        ranking = SimpleNamespace(scores=lambda: self.scores)
+        ranking = SimpleNamespace(scores=self.scores.clone)
         self.dual = Dual(method, job, cast(Trap, SimpleNamespace(ranking=ranking, company=lambda tap: self.company)))
         self.main, self.asked_for = main, list[int]()
         monkeypatch.setattr(dual_head, "logits_of", self.logits)
@@ -409,6 +409,8 @@ def test_after_an_epoch_samples_are_ranked_and_split_anew(monkeypatch: pytest.Mo
     told = heads.dual.after_epoch(cast(Any, heads.tap), 2, records)
     assert added == [records["second"]] and len(heads.dual.partitions) == 2
     assert rows_of(heads.dual.partitions[-1].isolated) == {3, *TOP} - {1}
+    ranked = [part.scores for part in heads.dual.partitions]  # each partition keeps the ranking it was made from
+    assert [int(scores.argmax()) for scores in ranked if scores is not None] == [1, 3]
     assert told == {"main_loss": 2.0, "second_loss": float(records["second"][TOP].mean()), "churn": 0.1}
     heads.scores[[1, 3]] = torch.tensor([30.0, 0.0])  # and 1 that of 3 again
     churn = [heads.dual.after_epoch(cast(Any, heads.tap), epoch, records)["churn"] for epoch in (3, 4)]

@@ -276,7 +276,7 @@ def test_dual_training_goes_on_from_its_state(tmp_path: Path) -> None:
     one, two = Scene("image"), Scene("image")
     one.dual.backdoor_class, one.dual.asked, one.dual.rest = 3, torch.arange(8), (2, 5)
     one.dual._set(Partition(1, ~Scene.isolated, Scene.recovered, one.labels))
-    one.dual._set(Partition(2, ~Scene.isolated, ~Scene.recovered, one.labels.flip(0)))
+    one.dual._set(Partition(2, ~Scene.isolated, ~Scene.recovered, one.labels.flip(0), torch.arange(8.0)))
     one.dual.trap.ranking.add(torch.arange(8.0))
     save_state(tmp_path / "state", one.dual.state())
     two.dual.load(load_state(tmp_path / "state"))
@@ -284,6 +284,8 @@ def test_dual_training_goes_on_from_its_state(tmp_path: Path) -> None:
         assert torch.equal(getattr(two.dual, name), getattr(one.dual, name)), name
     assert two.dual.backdoor_class == 3 and tuple(two.dual.rest) == (2, 5)
     assert [p.epoch for p in two.dual.partitions] == [0, 1, 2]
+    assert [p.scores is None for p in two.dual.partitions[:2]] == [True, True]
+    assert two.dual.partitions[2].scores is not None and two.dual.partitions[2].scores.tolist() == [*range(8)]
     assert torch.equal(two.dual.trap.ranking.scores(), one.dual.trap.ranking.scores())
 
 

@@ -27,7 +27,9 @@ from antibackdoor.bench.judge import (
 from antibackdoor.bench.ledger import digest
 from antibackdoor.bench.machine import peak_memory, reset_peak_memory
 from antibackdoor.bench.poisoned import poison
+from antibackdoor.data.copies import stamp
 from antibackdoor.data.core import Data, Splits, Truth
+from antibackdoor.data.folders import safe_name
 from antibackdoor.data.load import load
 from antibackdoor.defenses import check_given, make_defense
 from antibackdoor.detectors import make_detector
@@ -80,7 +82,8 @@ class Cell:
     def resolved(self) -> dict[str, Any]:
         """Every setting that matters, the methods' defaults filled in: what the hash is taken of.
 
-        What a cell leaves open is left out, so that a new field renames no result that was made without it.
+        What a cell leaves open is left out, so that a new field renames no result that was made without it. Of data
+        that lie at a path, which may hold something else tomorrow, the content counts too.
         """
         attack = (
             {} if self.attack == "none" else values(build(ATTACKS[self.attack].make, self.attack_options, "attack"))
@@ -93,6 +96,8 @@ class Cell:
             own["defense_version"] = method.version
         if "clean" in method.needs:
             own["clean_share"] = self.clean_share or CLEAN_SHARE
+        if (changed := _changed(self.data)) is not None:
+            own["content"] = _content(self.data, changed)
         if self.detectors is not None:
             own["detectors"] = {name: values(make_detector(name)) for name in self.detectors}
         return {**own, "attack_options": attack, "defense_options": defense, "defense_changes": changes}
@@ -100,7 +105,7 @@ class Cell:
     def name(self) -> str:
         """A readable name that ends in 8 digits of the content hash."""
         text = json.dumps({k: v for k, v in self.resolved().items() if k != "defense_changes"}, sort_keys=True)
-        parts = (self.data, self.attack, self.defense.replace(":", "-"), self.model, f"s{self.seed}")
+        parts = (safe_name(self.data), self.attack, self.defense.replace(":", "-"), self.model, f"s{self.seed}")
         return "-".join(parts) + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -142,7 +147,7 @@ def run_cell(
     """
     started = time.perf_counter()
     reset_peak_memory()
-    full = _load(cell.data)
+    full = _load(cell.data, _changed(cell.data))
     defense, train, extras = make_defense(cell.defense, cell.defense_options), subset(full.train, cell.train_size), {}
     if "clean" in defense.needs:
         train, extras["clean"] = carve(train, cell.clean_share or CLEAN_SHARE, cell.seed)
@@ -231,10 +236,23 @@ def run_cell(
     }
 
 
+def _changed(data: str) -> tuple[int, int, int] | None:
+    """What tells that the file or folder was changed; None for a name of the catalog, which a path goes before."""
+    path = Path(data)
+    return stamp(path) if path.exists() else None
+
+
 @lru_cache(maxsize=1)
-def _load(name: str) -> Splits:
+def _load(data: str, changed: tuple[int, int, int] | None) -> Splits:
     """Cells of one process that come after each other often use the same set."""
-    return load(name)
+    return load(data)
+
+
+@lru_cache
+def _content(data: str, changed: tuple[int, int, int] | None) -> list[str | None]:
+    """Fingerprints of the training and the test set, which many cells ask for."""
+    splits = _load(data, changed)
+    return [None if part is None else part.fingerprint() for part in (splits.train, splits.test)]
 
 
 def _stages(history: list[dict[str, Any]]) -> list[str]:

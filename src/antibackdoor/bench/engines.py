@@ -93,6 +93,11 @@ def work(task: Task, tell: Callable[[Event], None]) -> Event:
         tell(Event(task.name, "epoch", {**shown, **total}))
 
     try:
+        if task.cell.name() != task.name:  # its record would stand for what it was not made from
+            raise InputError(
+                f"{task.cell.data} holds something else than when the benchmark began, or another version of "
+                "antibackdoor runs here; start the benchmark again."
+            )
         task.stages.mkdir(parents=True, exist_ok=True)
         progress = Progress(start=start, epoch=epoch)
         record = run_cell(

@@ -80,7 +80,11 @@ def attack_measures(model: nn.Module, test: Data, triggered: Data, targets: Tens
 
 
 def partition_measures(partition: Partition, scores: Tensor, truth: Truth) -> dict[str, Any]:
-    """One row of the paper's Table II: how clean D_c is, how much of the poison D_p holds, what recovery recovered."""
+    """One row of the paper's Table II: how clean D_c is, how much of the poison D_p holds, what recovery recovered.
+
+    scores: of the outcome; they count where the partition has none of its own.
+    """
+    scores = scores if partition.scores is None else partition.scores
     clean_side = ~partition.isolated
     recovered = partition.recovered & truth.poisoned
     return {

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class _Run:
             self.ledger.write(event.name, event.content)
             shutil.rmtree(task.stages, ignore_errors=True)
         elif not again:
-            self.ledger.write_error(event.name, {"cell": task.cell.resolved(), **event.content})
+            self.ledger.write_error(event.name, {"cell": asdict(task.cell), **event.content})
             self.broken.append(event.name)
         claim.close()
         self.watcher.end(event.name, event)

@@ -84,7 +84,7 @@ def bench(
         raise InputError("give a grid to run, or --table to see what the ledger holds.")
     read = None if grid is None else read_grid(grid, profile)
     cells, ledger, broken = [] if read is None else read.cells(only), Ledger(out), []
-    # Tables and finished cells need no data, which may lie on another machine.
+    # Tables and finished cells need no data of the catalog, which may lie on another machine.
     asked = {cell.data for cell in cells if cell.name() not in ledger} if not table else set()
     if lost := sorted(name for name in asked if not known(name)):
         raise unknown("data set (and no file or folder)", lost[0], CATALOG)

@@ -22,12 +22,14 @@ class Partition:
     """How a defense split the samples at the start of an epoch; the judge compares it with the truth.
 
     isolated: `(n,)` bool, kept from the main head. recovered: `(n,)` bool, given back to it with `labels` `(n,)`.
+    scores: `(n,)` float64, the ranking that it was made from; None where that is the outcome's.
     """
 
     epoch: int
     isolated: Tensor
     recovered: Tensor
     labels: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class Dual(Objective):
             logits = logits_of(tap.backbone, self.job.data, self.job.fabric, rows)
             logits[:, self.backdoor_class] = -torch.inf
             labels[rows] = logits.argmax(1)
-        self._set(Partition(epoch, isolated, recovered, labels))
+        own = self.scores if self.options.refresh == "epoch" else None  # else the ranking stays what it is
+        self._set(Partition(epoch, isolated, recovered, labels, own))
 
     def _isolate(self, tap: Tap, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """D_p; what is recovered of it in any case; what returns from it if h1 agrees with its label."""
@@ -160,7 +161,7 @@ class Dual(Objective):
 
     def state(self) -> Tree:
         """The ranking, the partitions so far and the backdoor class."""
-        kept = [[p.epoch, p.isolated, p.recovered, p.labels] for p in self.partitions]
+        kept = [[p.epoch, p.isolated, p.recovered, p.labels, p.scores] for p in self.partitions]
         return {
             "ranking": self.trap.ranking.state(),
             "scores": self.scores,
