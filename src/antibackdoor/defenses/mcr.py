@@ -107,7 +107,7 @@ class MCR(Defense):
     of steps.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"clean"})
     profiles: ClassVar[dict[str, dict[str, Any]]] = {"two_models": {"second": "trained"}}
 
