@@ -145,7 +145,7 @@ def test_a_full_disk_elsewhere(run: Run, images: Path, whole: Path, tmp_path: Pa
     }
     for name, command in words.items():
         with full_disk(50):
-            told = sentence(run(*command, "--out", tmp_path / name, "--quiet", status=2).output)
+            told = sentence(run(*command, "--out", tmp_path / f"{name}.csv", "--quiet", status=2).output)
         assert "File too large" in told
     with full_disk(50):
         sentence(run("export", whole, tmp_path / "suspects.csv", "--quiet", status=2).output)
