@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from antibackdoor.data.copies import stamp
-from antibackdoor.data.labels import TEST_NAMES
+from antibackdoor.data.labels import TEST_NAMES, wrong_split
 from antibackdoor.data.text import header_of, opened
 from antibackdoor.errors import InputError, LeftOut, visible
 from antibackdoor.limits import MAX_SAMPLE, containment, refuse_beyond_memory, refuse_special
@@ -186,8 +186,8 @@ def _list_manifest(path: Path) -> tuple[FileList, FileList]:
                 split = found.get("split", "").strip() or "train"
                 if not given or not label:
                     raise InputError(f"{where} has no path or no label.")
-                if split != "train" and split not in TEST_NAMES:
-                    raise InputError(f"{where} has the split {split!r}; known: train, {', '.join(TEST_NAMES)}.")
+                if wrong := wrong_split(split):
+                    raise InputError(f"{where} {wrong}")
                 name = PurePosixPath(given)
                 if name.is_absolute() or ".." in name.parts or not contained(folder / name):
                     raise InputError(f"{where}: {given!r} leads out of {folder}; paths must stay inside of it.")

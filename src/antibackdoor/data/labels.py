@@ -14,6 +14,11 @@ TEST_NAMES = ("test", "validation", "valid", "val")
 """What the part of a set that nothing is trained on may be called; the first of these that is there is taken."""
 
 
+def wrong_split(name: str) -> str:
+    """What is wrong with the name of a split in a list or table; nothing if it is `train` or one of `TEST_NAMES`."""
+    return "" if name in ("train", *TEST_NAMES) else f"has the split {name!r}; known: train, {', '.join(TEST_NAMES)}."
+
+
 def number(names: Sequence[str], ids: Sequence[str], classes: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:
     """Labels `(n,)` int64 in 0..K-1 and the K class names, sorted as plain text.
 

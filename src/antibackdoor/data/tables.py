@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from antibackdoor.data.core import Splits
-from antibackdoor.data.labels import TEST_NAMES
+from antibackdoor.data.labels import wrong_split
 from antibackdoor.data.series import Missing, class_names, from_cases
 from antibackdoor.data.text import NO_CHANNEL, header_of, numbers, opened
 from antibackdoor.errors import InputError, LeftOut, visible
@@ -81,8 +81,8 @@ class _Columns:
         label = label or UNKNOWN * unlabeled
         if not name or not label:
             raise ValueError(f"it has no {'label' if name else 'id'}")
-        if split != "train" and split not in TEST_NAMES:
-            raise ValueError(f"it has the split {split!r}; known: train, {', '.join(TEST_NAMES)}")
+        if wrong := wrong_split(split):
+            raise ValueError(f"it {wrong.rstrip('.')}")
         one = found.setdefault(name, _Series(label, split))
         if (one.label, one.split) != (label, split):
             raise ValueError(f"the series {name!r} has another label or split here than before")
