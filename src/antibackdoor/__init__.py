@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antibackdoor.api import Findings, Result, train
+    from antibackdoor.api import train
     from antibackdoor.bench.judge import Experiment
     from antibackdoor.data.core import Data, Spec, Splits
     from antibackdoor.data.load import load
     from antibackdoor.errors import InputError
     from antibackdoor.estimator import RobustClassifier
+    from antibackdoor.findings import Findings, Result
     from antibackdoor.runs import load_model
     from antibackdoor.scanning import scan
 
@@ -34,9 +35,9 @@ __all__ = [
 _ROOMS = {
     "Data": "data.core",
     "Experiment": "bench.judge",
-    "Findings": "api",
+    "Findings": "findings",
     "InputError": "errors",
-    "Result": "api",
+    "Result": "findings",
     "Spec": "data.core",
     "RobustClassifier": "estimator",
     "Splits": "data.core",

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from antibackdoor.api import Findings, check_arguments, cost, model_name, open_run, suspects_table, with_collapse
 from antibackdoor.attention import attention_of
 from antibackdoor.bench.judge import Experiment, detection_measures
 from antibackdoor.data.core import Data, Splits
 from antibackdoor.detectors import AUTO, make_detector
 from antibackdoor.environment import environment
+from antibackdoor.findings import Findings, cost, suspects_table, with_collapse
 from antibackdoor.models.pretrained import digest
+from antibackdoor.opening import check_arguments, model_name, open_run
 from antibackdoor.options import values
 from antibackdoor.training.loop import Progress
 

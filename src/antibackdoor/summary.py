@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.markup import escape
 
-from antibackdoor.api import Findings, Result
 from antibackdoor.data.batches import steps_per_epoch
 from antibackdoor.data.core import Splits
 from antibackdoor.data.load import load_samples
@@ -18,6 +17,7 @@ from antibackdoor.defenses import AUTO as DEFENSE
 from antibackdoor.defenses import Defense
 from antibackdoor.detectors import AUTO as DETECTOR
 from antibackdoor.detectors import Detector
+from antibackdoor.findings import Findings, Result
 from antibackdoor.models import resolve
 from antibackdoor.report.words import percent, plain
 from antibackdoor.runs import load_model

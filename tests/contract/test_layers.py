@@ -34,8 +34,9 @@ LAYERS = [
     {"bench"},
     {"report"},
     {"runs"},
-    {"api"},
-    {"doctor", "estimator", "exports", "listing", "progress", "review", "scanning", "summary"},
+    {"findings", "opening"},
+    {"api", "scanning"},
+    {"doctor", "estimator", "exports", "listing", "progress", "review", "summary"},
     {"demo"},
     {"cli"},
 ]

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import antibackdoor
-from antibackdoor.api import Result
 from antibackdoor.data.core import Splits
 from antibackdoor.data.folders import folder_names
 from antibackdoor.errors import InputError
 from antibackdoor.exports import export_onnx, export_run
 from antibackdoor.files import check_replaceable, write_csv
+from antibackdoor.findings import Result
 from antibackdoor.models import create
 from antibackdoor.runs import read_suspects
 from antibackdoor.threats import ALWAYS, POISONED, references
