@@ -502,6 +502,10 @@ def test_a_plan_counts_the_fitting_of_an_attack(tmp_path: Path) -> None:
     estimates = Estimates(tmp_path)
     assert estimates.seconds(replace(fitted, seed=1)) == 25.0 and estimates.seconds(TINY) == 10.0
     assert estimates.seconds(replace(TINY, attack="blend")) == 17.5
+    resumed = past(TINY, 10.0)
+    resumed["cost"]["wall_seconds"] = 1.0
+    Ledger(tmp_path / "resumed").write(TINY.name(), resumed)
+    assert Estimates(tmp_path / "resumed").seconds(replace(TINY, seed=1)) == 10.0, "1 second was its last part"
 
 
 def test_a_record_is_small_and_plain(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ class Estimates:
             return None
         factor = 1.0 if epochs[0] is None or epochs[1] is None else epochs[0] / epochs[1]
         cost = record["cost"]
-        return float(cost.get("wall_seconds", cost["seconds"])) * factor * n / float(m)
+        seconds = max(cost.get("wall_seconds", 0.0), cost["seconds"])  # of a resumed cell the first is its last part
+        return float(seconds) * factor * n / float(m)
 
     def _size(self, data: str, size: int | None) -> int | None:
         full = self._sizes.get(data)
