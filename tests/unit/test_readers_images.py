@@ -7,7 +7,7 @@ from PIL import Image
 
 from antibackdoor.data.core import check_trainable
 from antibackdoor.data.decoding import MAX_PIXELS, decode_image
-from antibackdoor.data.load import load
+from antibackdoor.data.load import load, load_samples
 from antibackdoor.errors import InputError
 from antibackdoor.runs import describe_data
 
@@ -179,6 +179,31 @@ def test_manifest(folder):
     for other in ("\nPath, Label\ncat/a.png,x\ndog/a.png,y\n,\n", "label;path\nx;cat/a.png\ny;dog/a.png\n"):
         manifest.write_text(other)
         assert load(manifest).train.fingerprint() == splits.train.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "names"),
+    [
+        ("path\ncat/a.png\ndog/a.png\n", ["cat/a.png", "dog/a.png"], None),
+        ("path,label\ncat/a.png,\ndog/a.png,\n", ["cat/a.png", "dog/a.png"], None),
+        ("path,label\ncat/a.png,bird\n", ["cat/a.png"], ["bird"]),
+        ("path,label,split\ncat/a.png,x,test\ndog/a.png,y,test\n", ["cat/a.png", "dog/a.png"], ["x", "y"]),
+        ("path,label,split\ncat/a.png,x,train\ndog/a.png,y,test\n", ["dog/a.png"], ["y"]),
+    ],
+)
+def test_a_manifest_to_predict_on_needs_neither_labels_nor_training_samples(folder, text, ids, names):
+    spec = load(folder).train.spec
+    (folder / "list.csv").write_text(text)
+    samples, found = load_samples(folder / "list.csv", spec)
+    assert list(samples.ids) == ids and found == names and samples.x.shape[1:] == spec.shape
+
+
+def test_a_manifest_to_predict_on_is_checked_as_any(folder):
+    spec = load(folder).train.spec
+    for text, gist in {"path\n../set/cat/a.png\n": "leads out of", "path\ngone.png\n": "no such file"}.items():
+        (folder / "list.csv").write_text(text)
+        with pytest.raises(InputError, match=gist):
+            load_samples(folder / "list.csv", spec)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,7 @@ def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder that `train` wrote.")],
     data: Annotated[
         str,
-        typer.Argument(
-            metavar="DATA", help="As for `train`; or a folder of images, one image, or an .npz with only x."
-        ),
+        typer.Argument(metavar="DATA", help="As for `train`; or files, a list, a table or an .npz without labels."),
     ],
     out: Annotated[
         Path,

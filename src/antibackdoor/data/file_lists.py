@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from antibackdoor.data.copies import stamp
-from antibackdoor.data.labels import TEST_NAMES, wrong_split
+from antibackdoor.data.labels import TEST_NAMES, UNKNOWN, wrong_split
 from antibackdoor.data.text import header_of, opened
 from antibackdoor.errors import InputError, LeftOut, visible
 from antibackdoor.limits import MAX_SAMPLE, containment, refuse_beyond_memory, refuse_special
@@ -107,18 +107,25 @@ def in_manifest(path: Path, test: Path | None = None) -> list[FileList]:
     return [train, held] if held.ids else [train]
 
 
+def listed(path: Path) -> FileList:
+    """What a manifest names to be predicted: its test files, or else all; labels may be missing."""
+    train, held = _list_manifest(path, unlabeled=True)
+    return held if held.ids else train
+
+
 def unlabeled(path: Path) -> FileList:
     """All files of a folder, or one file, without classes."""
     files = list(_walk(path, path.resolve())) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} holds no files.")
     root = path if path.is_dir() else path.parent
-    return FileList(root, [file.relative_to(root).as_posix() for file in files], ["?"] * len(files))
+    return FileList(root, [file.relative_to(root).as_posix() for file in files], [UNKNOWN] * len(files))
 
 
-def is_manifest(path: Path) -> bool:
-    """Whether a CSV file names other files."""
-    return {"path", "label"} <= set(header_of(path))
+def is_manifest(path: Path, *, unlabeled: bool = False) -> bool:
+    """Whether a CSV file names other files; unlabeled: with nothing beside their paths, too."""
+    columns = set(header_of(path))
+    return {"path", "label"} <= columns or (unlabeled and "path" in columns and columns <= {"path", "split"})
 
 
 def has_class_folders(path: Path) -> bool:
@@ -168,8 +175,8 @@ def _list_folder(root: Path, folder: Path) -> FileList:
     return found
 
 
-def _list_manifest(path: Path) -> tuple[FileList, FileList]:
-    """The training and the test files that a CSV manifest names."""
+def _list_manifest(path: Path, *, unlabeled: bool = False) -> tuple[FileList, FileList]:
+    """The training and the test files that a CSV manifest names; unlabeled: labels may be missing."""
     folder = path.parent
     train, test, seen = FileList(folder), FileList(folder), set()
     contained = containment(folder)
@@ -182,7 +189,8 @@ def _list_manifest(path: Path) -> tuple[FileList, FileList]:
                 raise InputError(f"{path} has the column {twice} twice; one is needed.")
             for line, row in rows:
                 found = {name: row[place] if place < len(row) else "" for name, place in at.items()}
-                where, given, label = f"{path} line {line}", found["path"], found["label"].strip()
+                where, given = f"{path} line {line}", found["path"]
+                label = found.get("label", "").strip() or UNKNOWN * unlabeled
                 split = found.get("split", "").strip() or "train"
                 if not given or not label:
                     raise InputError(f"{where} has no path or no label.")

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import torch
 from torch import Tensor
 
 from antibackdoor.data.core import Splits
@@ -56,14 +55,3 @@ def load_images(
     readable images (all counted, the first five named) unless `skip_unreadable`.
     """
     return read_images([ImageFiles(files) for files in lists], where, image_size, skip_unreadable, memory_map)
-
-
-def load_unlabeled(
-    files: FileList, where: Path, size: tuple[int, int], *, skip_unreadable: bool = False
-) -> tuple[Tensor, list[str]]:
-    """Images without labels: `(n, 3, H, W)` uint8 of `size` (width, height), and ids.
-
-    Raises InputError for files that are no readable images, unless `skip_unreadable`.
-    """
-    data = load_images([files], where, image_size=size, skip_unreadable=skip_unreadable).train
-    return data.x[torch.arange(len(data))], list(data.ids)

@@ -13,6 +13,9 @@ from antibackdoor.limits import MAX_NAME
 TEST_NAMES = ("test", "validation", "valid", "val")
 """What the part of a set that nothing is trained on may be called; the first of these that is there is taken."""
 
+UNKNOWN = "?"
+"""The class of samples that nobody gave a label, where none is needed."""
+
 
 def wrong_split(name: str) -> str:
     """What is wrong with the name of a split in a list or table; nothing if it is `train` or one of `TEST_NAMES`."""

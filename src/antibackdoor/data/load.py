@@ -21,18 +21,25 @@ from antibackdoor.data.copies import fills_memory
 from antibackdoor.data.core import Data, Spec, Splits
 from antibackdoor.data.decoding import EXTENSIONS as IMAGES
 from antibackdoor.data.decoding import Size
-from antibackdoor.data.file_lists import FileList, has_class_folders, in_folder, in_manifest, is_manifest, unlabeled
+from antibackdoor.data.file_lists import (
+    FileList,
+    has_class_folders,
+    in_folder,
+    in_manifest,
+    is_manifest,
+    listed,
+    unlabeled,
+)
 from antibackdoor.data.images import load_images
-from antibackdoor.data.images import load_unlabeled as load_unlabeled_images
+from antibackdoor.data.labels import UNKNOWN
 from antibackdoor.data.objects import load_dataset
 from antibackdoor.data.recordings import EXTENSIONS as RECORDINGS
 from antibackdoor.data.recordings import load_recordings
-from antibackdoor.data.recordings import load_unlabeled as load_unlabeled_recordings
 from antibackdoor.data.series import EXTENSIONS as SERIES
 from antibackdoor.data.series import Missing, load_series, refuse_image_options
 from antibackdoor.data.shards import EXTENSION as SHARD
 from antibackdoor.data.shards import is_shard_folder, load_shards
-from antibackdoor.data.tables import UNKNOWN, is_table, load_table
+from antibackdoor.data.tables import is_table, load_table
 from antibackdoor.errors import InputError, LeftOut, unknown
 from antibackdoor.limits import inside, refuse_special
 
@@ -168,14 +175,16 @@ def _of_images(lists: Sequence[FileList]) -> bool:
     )
 
 
-def _bare(path: Path) -> bool:
-    """Whether a path is one file that is a sample, or a folder of such without class folders."""
+def _asked_about(path: Path) -> FileList | None:
+    """The files that a path names or holds without classes, or that a manifest lists; None for other sets."""
     if path.is_dir():
-        return _kind(path) == "class folders" and not has_class_folders(path)
+        return unlabeled(path) if _kind(path) == "class folders" and not has_class_folders(path) else None
     ending = path.suffix.lower()
-    return path.is_file() and (
-        ending in (*IMAGES, ".npy", ".txt") or (ending == ".csv" and not is_manifest(path) and not is_table(path))
-    )
+    if not path.is_file() or ending not in (*IMAGES, ".npy", ".txt", ".csv"):
+        return None
+    if ending == ".csv" and is_manifest(path, unlabeled=True):
+        return listed(path)
+    return None if ending == ".csv" and is_table(path) else unlabeled(path)
 
 
 def load_samples(
@@ -189,22 +198,21 @@ def load_samples(
     """Samples for a model that takes `spec`, and the names of their labels where they have any.
 
     source: as for `load` (of a set that has one, the test set), and what needs no labels: a folder of image files or of
-    recordings, one such file (but no `.tsv`, whose lines are series with labels), or an `.npz` with x only. Classes may
-    be others than the model's. Images are resized to its size.
+    recordings, one such file (but no `.tsv`, whose lines are series with labels), a CSV manifest or table without the
+    column label, or an `.npz` with x only. Classes may be others than the model's. Images are resized to its size.
     """
     path = _inside(Path(source))
     size = (spec.shape[2], spec.shape[1]) if spec.kind == "image" else (0, 0)
     names: list[str] | None = None
-    if _bare(path):
-        files = unlabeled(path)
+    if (files := _asked_about(path)) is not None:
         if _of_images([files]):
             _same_kind("image", spec, path)
-            x, ids = load_unlabeled_images(files, path, size, skip_unreadable=skip_unreadable)
-            return _fitted(x, ids, None, spec, path), None
-        _same_kind("series", spec, path)
-        x, ids, lengths = load_unlabeled_recordings(files, path, missing=missing, skip_unreadable=skip_unreadable)
-        return _fitted(x, ids, lengths, spec, path), None
-    if path.is_file() and path.suffix.lower() == ".npz":
+            data = load_images([files], path, image_size=size, skip_unreadable=skip_unreadable).train
+        else:
+            _same_kind("series", spec, path)
+            data = load_recordings([files], path, missing=missing, skip_unreadable=skip_unreadable).train
+        labeled = data.spec.classes != (UNKNOWN,)
+    elif path.is_file() and path.suffix.lower() == ".npz":
         data, labeled = load_samples_npz(path, missing)
     elif path.is_file() and _kind(path) == "table":
         splits = load_table(path, missing=missing, unlabeled=True)

@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from antibackdoor.data.core import Splits
 from antibackdoor.data.file_lists import FileList
@@ -127,14 +125,6 @@ def load_recordings(
     ids = [[files.ids[row] for row in rows] for files, rows in zip(lists, kept, strict=True)]
     more = (read[1], names[1]) if len(read) > 1 else ()
     return from_cases(read[0], names[0], *more, missing=missing, where=str(where), ids=ids)
-
-
-def load_unlabeled(
-    files: FileList, where: Path, *, missing: Missing = "refuse", skip_unreadable: bool = False
-) -> tuple[Tensor, list[str], Tensor | None]:
-    """Recordings without labels: `(n, C, T)` float32, ids, and lengths `(n,)` where they differ."""
-    data = load_recordings([files], where, missing=missing, skip_unreadable=skip_unreadable).train
-    return data.x[torch.arange(len(data))], list(data.ids), data.lengths
 
 
 def _read(lists: Sequence[FileList], where: Path, skip: bool) -> tuple[list[list[Floats]], list[list[int]]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from antibackdoor.data.core import Splits
-from antibackdoor.data.labels import wrong_split
+from antibackdoor.data.labels import UNKNOWN, wrong_split
 from antibackdoor.data.series import Missing, class_names, from_cases
 from antibackdoor.data.text import NO_CHANNEL, header_of, numbers, opened
 from antibackdoor.errors import InputError, LeftOut, visible
@@ -20,8 +20,6 @@ from antibackdoor.limits import MAX_CHANNELS, MAX_STEPS, ROW_COST, refuse_beyond
 
 NAMED = ("id", "label", "split")
 """Columns that hold no values: their names, without regard to case."""
-UNKNOWN = "?"
-"""The label of all series of a table without labels."""
 LOOK = 2**26
 """Bytes after which what they take of the memory is looked at."""
 
