@@ -14,7 +14,7 @@ from antibackdoor.bench.grid import Grid, read_grid
 from antibackdoor.bench.ledger import read_ledger
 from antibackdoor.bench.standing import standing, stands
 from antibackdoor.bench.tables import detection_table, markdown, table
-from antibackdoor.bench.verdicts import confidences, counts, missed, reliability, verdicts
+from antibackdoor.bench.verdicts import calibrate, confidences, counts, missed, told, verdicts
 from antibackdoor.report.svg import chart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +96,11 @@ poisoned. *Found* are sets said to be poisoned among those whose attack takes wi
 1 % or more; of these, *right class* have exactly the attacked classes named, and *rate* are estimated within a factor
 of 1.5. Sets whose attack does not take without a defense, or poisons less, are counted apart: there, a verdict of
 "poisoned" is true, and its absence no loss.
+
+The *confidence* of a verdict is the share of true ones among verdicts as clear as it, where half of all sets are
+poisoned (`Calibration` in `verdict.py`: `margin` is how far the furthest class is on its way to being found attacked,
+and `blind` the share of attacks that leave no trace). In the tables below the confidences of each data set come from
+what the OTHER data sets give, where there are others; users get what all of them give.
 
 All these sets were at hand while the rules of the default were made, and some rules were made after an attack counted
 here had passed, or a clean set had not: the counts say how well the rules fit, not how well they carry over to others.
@@ -239,10 +244,15 @@ def judged() -> dict[str, str]:
     for by, title in (("jury", "The default defense"), ("witnesses", "`scan --detector witnesses`")):
         mine = [one for one in found if one.by == by]
         if mine:
-            lines[by] = reliability(mine)
-            told = "By what they said of themselves, without attacks that do not take or poison less:\n"
-            parts += [f"## {title}\n", markdown(counts(mine)), told]
-            parts.append(markdown(confidences(mine)))
+            lines[by] = [(100 * one.mean, 100 * one.even) for one in told(mine)]
+            blind, slope, even = calibrate(mine)
+            parts += [
+                f"## {title}\n",
+                markdown(counts(mine)),
+                "By their confidence, without attacks that do not take or poison less:\n",
+                markdown(confidences(mine)),
+                f"The calibration on all of them: blind {blind:.3f}, slope {slope:.1f}, even {even:.3f}.\n",
+            ]
             if unseen := missed(mine):
                 parts.append(f"Not found: {', '.join(unseen)}.\n")
     lines["as often as it says"] = [(50.0, 50.0), (100.0, 100.0)]

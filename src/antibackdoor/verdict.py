@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
@@ -13,11 +14,37 @@ from antibackdoor.threats import references
 from antibackdoor.training.groups import FEW
 
 
+class Calibration(NamedTuple):
+    """How many of the sets whose verdicts are as clear as this one are poisoned, if half of all are.
+
+    `P(poisoned | margin) = blind + (1 - blind) * sigmoid(slope * (min(margin, 2) - even))`: some attacks leave no
+    trace, so that no margin, however small, says for certain that there is none.
+    """
+
+    blind: float
+    slope: float
+    even: float
+
+    def chance(self, margin: float) -> float:
+        """Of being poisoned, by how far the furthest class is on its way to being found attacked, 1 at the limit."""
+        return self.blind + (1 - self.blind) / (1 + math.exp(-self.slope * (min(margin, 2.0) - self.even)))
+
+    def confidence(self, margin: float, poisoned: bool) -> float:
+        """That the answer is right: at least that of a guess, and never certain."""
+        chance = self.chance(margin)
+        return round(min(0.99, max(0.5, chance if poisoned else 1 - chance)), 3)
+
+
+HEARD = Calibration(blind=0.06, slope=12.7, even=0.77)
+"""Of the default defense and detector: what the runs of the ledger give, as a test holds (docs/verdict.md)."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """confidence: in [0, 1] that the answer is right; 0 where nothing was judged, so that `poisoned` means nothing.
 
-    estimated_rate: share of the whole set that looks poisoned.
+    estimated_rate: share of the whole set that looks poisoned. margin: what a calibrated confidence was made of, None
+    where the confidence is not calibrated and only puts runs in order.
     """
 
     poisoned: bool
@@ -25,6 +52,7 @@ class Verdict:
     target_classes: list[str] = field(default_factory=list)
     estimated_rate: float = 0.0
     evidence: list[str] = field(default_factory=list)
+    margin: float | None = None
 
     @property
     def judged(self) -> bool:
@@ -42,15 +70,18 @@ NO_VERDICT = (
 )
 
 
-def decide(data: Data, outcome: Outcome) -> Verdict:
-    """Weigh the outcome's evidence; a method that gathers none (no defense) finds nothing and says so."""
+def decide(data: Data, outcome: Outcome, calibration: Calibration = HEARD) -> Verdict:
+    """Weigh the outcome's evidence; a method that gathers none (no defense) finds nothing and says so.
+
+    calibration: of methods that judge class by class.
+    """
     evidence = outcome.evidence
     if not evidence:
         return Verdict(
             False, 0.0, evidence=["This method looks for no poison; train with a defense to have the data judged."]
         )
     if "by_class" in evidence:
-        return _by_class(data, evidence)
+        return _by_class(data, evidence, calibration)
     if evidence.get("backdoor_class", -1) < 0:
         said = "No class was singled out, so nothing was judged." if "backdoor_class" in evidence else NO_VERDICT
         return Verdict(False, 0.0, evidence=[said])
@@ -75,19 +106,18 @@ def decide(data: Data, outcome: Outcome) -> Verdict:
     return Verdict(True, _sure(gap), [name], evidence["flagged"] / len(data), sentences)
 
 
-def _by_class(data: Data, evidence: dict[str, Any]) -> Verdict:
+def _by_class(data: Data, evidence: dict[str, Any], calibration: Calibration) -> Verdict:
     """What witnesses and a model that learned from trusted samples found about each class."""
     findings = dict(zip(data.spec.classes, evidence["by_class"], strict=False))
-    if not any(found["attacked"] for found in findings.values()) and int(data.y.bincount().max()) < FEW:
+    targets = [name for name, found in findings.items() if found["attacked"]]
+    if not targets and int(data.y.bincount().max()) < FEW:
         return Verdict(False, 0.0, evidence=[f"No class has {FEW} samples or more; that is too few to judge the data."])
     way = {name: _way(found, evidence["limits"]) for name, found in findings.items()}
-    targets = [name for name, found in findings.items() if found["attacked"]]
     shown = targets or [max(way, key=lambda name: way[name])]
     sentences = [sentence for name in shown for sentence in told_of(name, findings[name], evidence["limits"])]
-    most = max(way[name] for name in shown)
-    if not targets:
-        return Verdict(False, round(0.9 - 0.4 * min(1.0, most), 3), [], 0.0, sentences)
-    return Verdict(True, _sure((most - 1) / 2), targets, evidence["flagged"] / len(data), sentences)
+    poisoned, margin = bool(targets), max(way[name] for name in shown)
+    rate = evidence["flagged"] / len(data) if poisoned else 0.0
+    return Verdict(poisoned, calibration.confidence(margin, poisoned), targets, rate, sentences, round(margin, 3))
 
 
 def _way(found: dict[str, Any], limits: dict[str, float]) -> float:
@@ -211,5 +241,5 @@ MANY = 0.4
 
 
 def _sure(gap: float) -> float:
-    """Confidence from the gap between two shares; not calibrated yet (a monotone map into 0.5 .. 0.99)."""
+    """Confidence from the gap between two shares: a monotone map into 0.5 .. 0.99, not calibrated."""
     return round(min(0.99, max(0.5, 0.5 + gap)), 3)

@@ -92,6 +92,11 @@ def test_the_finding_is_named_as_elsewhere(tmp_path: Path) -> None:
 def test_no_number_is_sold_as_a_chance(tmp_path: Path) -> None:
     text = read(toy_run(tmp_path, n=60)).text
     assert "estimated chance" not in text and text.count("calibrated") >= 3
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    (tmp_path / "verdict.json").write_text(json.dumps({**verdict, "margin": 1.7}))
+    known = read(tmp_path).text
+    assert "confidence 97% (calibrated)" in known
+    assert "your data may be unlike them" in known and "Neither is calibrated" not in known
     cut = read_run(tmp_path).suspects.cut
     assert f"{cut:.3g} is the lowest that was flagged" in text
 

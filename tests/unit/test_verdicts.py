@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from antibackdoor.bench.cell import Cell
 from antibackdoor.bench.declared import Results
 from antibackdoor.bench.ledger import Ledger
-from antibackdoor.bench.verdicts import confidences, counts, missed, reliability, verdicts
+from antibackdoor.bench.verdicts import Judged, calibrate, confidences, counts, missed, told, verdicts
+from antibackdoor.detectors.witnesses import UNHEARD
+from antibackdoor.verdict import HEARD, Calibration
 
 PLAIN = Cell(data="ecg5000", attack="badnets", defense="none", model="resnet18-w16")
 
@@ -52,11 +55,59 @@ def test_verdicts_are_counted_where_the_attack_takes(results: Results) -> None:
     assert missed(found) == ["badnets at 10.0% on ecg5000 (of which its model is free)"]
 
 
-def test_a_confidence_is_held_against_what_was_true(results: Results) -> None:
-    found = list(verdicts(results))
-    assert confidences(found).to_dict("records") == [
-        {"confidence": "0% to 60%", "mean": "55%", "true": "0 of 1"},
-        {"confidence": "70% to 80%", "mean": "75%", "true": "1 of 1"},
-        {"confidence": "90% to 100%", "mean": "93%", "true": "2 of 2"},
+def test_a_margin_is_that_of_the_record_or_what_an_old_confidence_was_made_of(results: Results) -> None:
+    old = [round(one.margin, 3) for one in verdicts(results)]
+    assert sorted(old) == [0.375, 0.875, 1.82, 1.9, 1.9]
+    said = {"poisoned": 1.0, "right": 1.0, "confidence": 0.99, "margin": 7.5}
+    folder = results.ledger.folder
+    write(Ledger(folder), replace(PLAIN, defense="jury", seed=9), 0.0, said)
+    assert max(one.margin for one in verdicts(Results(folder))) == 7.5
+
+
+def runs(data: str, poisoned: bool, margins: list[float]) -> list[Judged]:
+    """Verdicts that are found from a margin of 1 on."""
+    return [
+        Judged("jury", data, "x at 10.0%", "takes" if poisoned else "rare", poisoned, m >= 1, True, m, 1.0, False)
+        for m in margins
     ]
-    assert reliability(found) == [(55, 0.0), (75, 100.0), (93, 100.0)]
+
+
+def test_a_calibration_is_what_the_runs_were_drawn_from() -> None:
+    drawn, random = Calibration(0.2, 8.0, 0.8), np.random.default_rng(0)
+    margins = random.uniform(0, 1.5, 4000)
+    poisoned = random.random(4000) < [drawn.chance(float(m)) for m in margins]
+    found = runs("a", True, list(margins[poisoned])) + runs("a", False, list(margins[~poisoned]))
+    share = poisoned.mean() / (1 - poisoned.mean())  # of equal weight: as if half of the sets were poisoned
+    fitted = calibrate(found)
+    for margin in (0.2, 0.6, 0.8, 1.0, 1.4):
+        odds = drawn.chance(margin) / (1 - drawn.chance(margin)) / share
+        assert fitted.chance(margin) == pytest.approx(odds / (1 + odds), abs=0.04)
+
+
+def test_a_calibration_takes_both_sorts_and_counts_attacks_that_take() -> None:
+    with pytest.raises(ValueError, match="on clean and on poisoned sets"):
+        calibrate(runs("a", True, [1.5]))
+    found = runs("a", True, [1.4, 1.6]) + runs("a", False, [0.2, 0.4])
+    weak = [one._replace(takes="attack did not take", margin=0.0, said=False) for one in found[:2]]
+    assert calibrate([*found, *weak]) == calibrate(found) and told([*found, *weak]) == told(found)
+    assert calibrate(found).slope <= 20, "runs that a margin parts without fail say nothing of its steepness"
+
+
+def test_a_data_set_does_not_calibrate_its_own_confidence() -> None:
+    clear = runs("clear", True, [1.9, 1.8, 2.0]) + runs("clear", False, [0.1, 0.2, 0.1])
+    hidden = runs("hidden", True, [0.1, 0.1, 0.2]) + runs("hidden", False, [0.1, 0.2, 0.2])
+    found = {one.high: one for one in told(clear + hidden)}
+    assert found[1.0].n - found[1.0].true == 3, "what hides was told with the confidence that the clear ones teach"
+    assert found[0.7].n == found[0.7].true == 3, "and clean sets are a guess to who knows the hidden ones only"
+    few = told(runs("a", True, [2.0]) + runs("a", False, [0.1, 2.0, 2.0, 2.0]))
+    assert [(one.true, one.n, one.even) for one in few if one.n == 4] == [(1, 4, pytest.approx(1 / (1 + 3 / 4)))]
+
+
+def test_the_confidence_that_users_get_is_what_the_ledger_gives() -> None:
+    found = list(verdicts(Results(Path(__file__).parents[2] / "results")))
+    for by, stated in (("jury", HEARD), ("witnesses", UNHEARD)):
+        fitted = calibrate([one for one in found if one.by == by])
+        apart = max(abs(stated.chance(m / 50) - fitted.chance(m / 50)) for m in range(100))
+        assert apart < 0.03, f"the ledger has grown: put {fitted} in its place"
+    rows = confidences([one for one in found if one.by == "jury"])
+    assert list(rows) == ["confidence", "mean", "true", "true at even odds"] and len(rows) >= 3

@@ -123,7 +123,7 @@ def verdict_measures(verdict: Verdict, truth: Truth, classes: Sequence[str]) -> 
     """How a verdict stands against the truth.
 
     poisoned: 1 if it says so. right: 1 if it names exactly the classes that poisoned samples lead to, none on clean
-    data. rate_ratio: the estimated poison rate over the true one.
+    data. margin: of a calibrated confidence. rate_ratio: the estimated poison rate over the true one.
     """
     targets = {classes[k] for k in truth.targets[truth.poisoned].unique().tolist()}
     measures: dict[str, Any] = {
@@ -132,6 +132,8 @@ def verdict_measures(verdict: Verdict, truth: Truth, classes: Sequence[str]) -> 
         "confidence": {"value": verdict.confidence, "n": 1},
         "estimated_rate": {"value": verdict.estimated_rate, "n": len(truth.poisoned)},
     }
+    if verdict.margin is not None:
+        measures["margin"] = {"value": verdict.margin, "n": 1}
     if truth.poisoned.any():
         rate = float(truth.poisoned.double().mean())
         measures["rate_ratio"] = {"value": verdict.estimated_rate / rate, "n": len(truth.poisoned)}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from antibackdoor.bench.declared import Results
+from antibackdoor.verdict import Calibration
 
-BINS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.01)
+BINS = (0.0, 0.7, 0.9, 0.97, 1.01)
 """Of the confidence: few runs so far, so few bins."""
+STEEPEST = 20.0
+"""Slope of a calibration at most: from few runs, which a margin parts without fail, there is no more to learn."""
 
 
 class Judged(NamedTuple):
@@ -27,7 +31,7 @@ class Judged(NamedTuple):
     poisoned: bool
     said: bool
     right: bool
-    confidence: float
+    margin: float
     ratio: float
     free: bool
 
@@ -57,7 +61,7 @@ def verdicts(ledger: Results) -> Iterator[Judged]:
                 cell["attack"] != "none",
                 bool(values["poisoned"]),
                 bool(values["right"]),
-                values["confidence"],
+                _margin(values),
                 values.get("rate_ratio", 1.0),
                 by == "jury" and measures.get("excess_attack_success_rate", {"value": 1})["value"] <= 0.05,
             )
@@ -83,32 +87,73 @@ def counts(found: list[Judged]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def binned(found: list[Judged]) -> Iterator[tuple[float, float, list[Judged]]]:
-    """The runs by confidence; none of attacks that do not take."""
+def calibrate(found: Sequence[Judged]) -> Calibration:
+    """The calibration that makes the verdicts on these sets likeliest, clean and poisoned ones of equal weight.
+
+    Sets whose attack does not take, or is rare, do not count. Raises ValueError where either sort is missing.
+    """
+    from scipy.optimize import minimize  # takes a second to load
+
+    mine = _counted(found)
+    poisoned, margins = np.array([one.poisoned for one in mine]), np.array([one.margin for one in mine])
+    if not poisoned.any() or poisoned.all():
+        raise ValueError("a calibration takes verdicts on clean and on poisoned sets")
+    weights = np.where(poisoned, 0.5 / poisoned.sum(), 0.5 / (~poisoned).sum())
+
+    def surprise(free: np.ndarray) -> float:
+        calibration = Calibration(1 / (1 + np.exp(-free[0])), *free[1:])
+        chances = np.array([calibration.chance(margin) for margin in margins])
+        return -float(weights @ np.log(np.where(poisoned, chances, 1 - chances).clip(1e-6)))
+
+    start, bounds = (-3.0, 6.0, 0.8), ((-5.0, 5.0), (1.0, STEEPEST), (0.0, 2.0))
+    blind, slope, even = minimize(surprise, start, method="Nelder-Mead", bounds=bounds).x
+    return Calibration(float(1 / (1 + np.exp(-blind))), float(slope), float(even))
+
+
+class Told(NamedTuple):
+    """Verdicts of like confidence: from `low` to `high`, in the mean, and how often true, also at even odds."""
+
+    low: float
+    high: float
+    mean: float
+    true: int
+    n: int
+    even: float
+
+
+def told(found: Sequence[Judged]) -> list[Told]:
+    """How often verdicts were true by their confidence, as calibrated on the other data sets, if there are any.
+
+    At even odds: clean and poisoned sets weigh the same, however many there are of each.
+    """
+    mine, sure = _counted(found), list[float]()
+    weight = {poisoned: 1 / max(1, sum(one.poisoned == poisoned for one in mine)) for poisoned in (False, True)}
+    for data in dict.fromkeys(one.data for one in mine):
+        others = [one for one in mine if one.data != data]
+        calibration = calibrate(others or mine)
+        sure += [calibration.confidence(one.margin, one.said) if one.data == data else 0.0 for one in mine]
+    confidence = np.array(sure).reshape(-1, len(mine)).sum(0)
+    true, weights = np.array([one.true for one in mine]), np.array([weight[one.poisoned] for one in mine])
+    bins = []
     for low, high in itertools.pairwise(BINS):
-        mine = [one for one in found if low <= one.confidence < high and (not one.poisoned or one.takes == "takes")]
-        if mine:
-            yield low, high, mine
+        inside = (low <= confidence) & (confidence < high)
+        if inside.any():
+            mean, even = confidence[inside].mean(), np.average(true[inside], weights=weights[inside])
+            bins.append(Told(low, min(high, 1.0), float(mean), int(true[inside].sum()), int(inside.sum()), float(even)))
+    return bins
 
 
-def confidences(found: list[Judged]) -> pd.DataFrame:
-    """How often an answer was true, by the confidence that it was given with."""
+def confidences(found: Sequence[Judged]) -> pd.DataFrame:
+    """The same as a table."""
     return pd.DataFrame(
         {
-            "confidence": f"{low:.0%} to {min(high, 1):.0%}",
-            "mean": f"{sum(one.confidence for one in mine) / len(mine):.0%}",
-            "true": f"{sum(one.true for one in mine)} of {len(mine)}",
+            "confidence": f"{one.low:.0%} to {one.high:.0%}",
+            "mean": f"{one.mean:.1%}",
+            "true": f"{one.true} of {one.n}",
+            "true at even odds": f"{one.even:.1%}",
         }
-        for low, high, mine in binned(found)
+        for one in told(found)
     )
-
-
-def reliability(found: list[Judged]) -> list[tuple[float, float]]:
-    """The same as points of a curve, in per cent."""
-    return [
-        (round(100 * sum(one.confidence for one in mine) / len(mine)), 100 * sum(one.true for one in mine) / len(mine))
-        for _, _, mine in binned(found)
-    ]
 
 
 def missed(found: list[Judged]) -> list[str]:
@@ -116,3 +161,15 @@ def missed(found: list[Judged]) -> list[str]:
     unseen = [one for one in found if one.takes == "takes" and not one.said]
     free = " (of which its model is free)"
     return sorted({f"{one.attack} on {one.data}{free if one.free else ''}" for one in unseen})
+
+
+def _margin(values: dict[str, float]) -> float:
+    """How clear a verdict is; of records that do not say so, from their confidence, which told no more than that."""
+    if "margin" in values:
+        return values["margin"]
+    return 2 * values["confidence"] if values["poisoned"] else (0.9 - values["confidence"]) / 0.4
+
+
+def _counted(found: Sequence[Judged]) -> list[Judged]:
+    """Without those of attacks that do not take, or are rare."""
+    return [one for one in found if not one.poisoned or one.takes == "takes"]

@@ -15,7 +15,10 @@ from antibackdoor.detectors.base import DETECTORS, Detector
 from antibackdoor.options import options
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
-from antibackdoor.verdict import Verdict, decide
+from antibackdoor.verdict import Calibration, Verdict, decide
+
+UNHEARD = Calibration(blind=0.25, slope=20.0, even=0.60)
+"""What the runs of this detector in the ledger give, all on one data set so far, as a test holds."""
 
 
 @DETECTORS.register("witnesses")
@@ -58,4 +61,4 @@ class Witnesses(Detector):
 
     def verdict(self, data: Data, outcome: Outcome) -> Verdict:
         """The same as that of a training, before its hearing."""
-        return decide(data, outcome)
+        return decide(data, outcome, UNHEARD)

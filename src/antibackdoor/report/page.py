@@ -64,6 +64,7 @@ def render(run: Run) -> str:
             judged=confidence is None or confidence > 0,
             confidence=confidence,
             surety=None if confidence is None else surety(confidence),
+            calibrated=number(run.verdict.get("margin")) is not None,
             targets=[str(name) for name in _list(run.verdict.get("target_classes"))],
             evidence=[str(sentence) for sentence in _list(run.verdict.get("evidence"))],
             facts=_facts(run, flagged, n),

@@ -78,7 +78,7 @@ def percent(value: float) -> str:
 
 
 def surety(confidence: float) -> str:
-    """How sure a verdict is, as one would say it; the limits are ours and order runs, no more."""
+    """How sure a verdict is, as one would say it; the limits are ours."""
     limits = ((0.9, "very sure"), (0.75, "fairly sure"), (0.6, "not very sure"))
     return next((words for limit, words in limits if confidence >= limit), "little more than a guess")
 
