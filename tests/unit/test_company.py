@@ -20,15 +20,19 @@ CLASS_1 = (GIVEN == 1).nonzero().flatten()
 MIXED = (GIVEN + 1 + torch.arange(N) // 4 % 3) % 4  # each class is taken for all others
 
 
-def company_of(apart: Tensor, *opinions: Tensor, home: int | None = None, seen: Tensor | None = None) -> Company:
+def company_of(
+    apart: Tensor, *opinions: Tensor, home: int | None = None, seen: Tensor | None = None, early: Tensor | None = None
+) -> Company:
     """Company of samples whose features lie in two directions, `apart` or not.
 
-    home: which of the opinions outsiders have. seen: which class they see in each; by default, as many of each.
+    home: which of the opinions outsiders have. seen: which class they see in each; by default, as many of each. early:
+    how early each was learned among all.
     """
     features = torch.where(apart[:, None], torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))
     features = features + 0.1 * torch.rand(N, 2, generator=torch.Generator().manual_seed(0))
     outsiders = None if home is None else Outsiders(home, MIXED if seen is None else seen, 0.5)
-    return Company.of(opinions, GIVEN, nearest(features, GIVEN, 20), 4, rounds=10, most=5 / 6, outsiders=outsiders)
+    near = nearest(features, GIVEN, 20)
+    return Company.of(opinions, GIVEN, near, 4, rounds=10, most=5 / 6, outsiders=outsiders, early=early)
 
 
 def noisy(mean: Tensor) -> Tensor:
@@ -131,6 +135,36 @@ def test_most_of_a_class_is_poison_where_it_is_rather_at_home_elsewhere(at_home:
     assert set(company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1)).most) == {5 / 6}, "nobody was asked"
     kind = company_of(few, ease * (GIVEN == 1), home * (GIVEN == 1), home=1, seen=torch.full((N,), 2))
     assert set(kind.most) == {5 / 6}, "a class may look like another one"
+
+
+@pytest.mark.parametrize(
+    ("count", "behind", "ease", "poison"),
+    [(30, 0.995, 0.7, True), (30, 0.985, 0.7, False), (30, 0.995, 0.25, False), (60, 0.995, 0.7, False)],
+)
+def test_most_of_a_class_is_poison_where_it_was_learned_before_all_others(
+    count: int, behind: float, ease: float, poison: bool
+) -> None:
+    """Before the share `behind` of all others; not where ease does not divide the class, or less than 5/6 are first."""
+    few, class_1 = first(count), GIVEN == 1
+    place = torch.linspace(0, 1, N - len(CLASS_1), dtype=torch.float64)
+    early = torch.zeros(N, dtype=torch.float64).masked_scatter(~class_1, place)
+    early[class_1 & ~few] = behind
+    opinions = torch.where(few, 0.2, ease) * class_1, torch.where(few, 0.1, 0.6) * class_1
+    found, unasked = company_of(few, *opinions, early=early), company_of(few, *opinions)
+    assert list(found.most) == [5 / 6, 1.0 if poison else 5 / 6, 5 / 6, 5 / 6] and set(unasked.most) == {5 / 6}
+    if poison:
+        assert rows_of(unasked.apart((DIVIDED, DIVIDED))) == rows_of(few)
+        assert rows_of(found.apart((DIVIDED, DIVIDED))) == rows_of(class_1 & ~few)
+        assert set(CLASS_1[top(found.suspicion[CLASS_1], 210)].tolist()) == rows_of(class_1 & ~few)
+
+
+def test_in_a_class_that_is_most_of_the_set_to_be_learned_first_is_ordinary() -> None:
+    given = (torch.arange(N) % 8 == 7).long()
+    late = (torch.arange(N) % 16 == 0) & (given == 0)
+    features = torch.where(late[:, None], torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])) + 0.1 * torch.rand(N, 2)
+    ease = torch.where(late, 0.1, 0.95) * (given == 0)
+    found = Company.of((ease,), given, nearest(features, given, 20), 2, rounds=10, most=5 / 6, early=ease.double())
+    assert set(found.most) == {5 / 6} and rows_of(found.apart((DIVIDED,))) == rows_of(late)
 
 
 def test_home_alone_does_not_say_which_of_two_groups_is_at_home() -> None:

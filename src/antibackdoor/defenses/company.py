@@ -29,6 +29,10 @@ close to each other as poison does."""
 DENIED = 2.5
 """Clarity from which on doubts that were shared once divide a class: hard but clean samples lie together, too."""
 
+FIRST = 0.99
+"""Share of all samples of other classes before which most of a class was learned, if it is poison: of the easiest clean
+class of seven data sets it was 0.97, but for one that was most of its set."""
+
 CERTAIN = 8.0
 """Clarity from which on a group of 20 or more counts as denied whatever it is taken for: the model doubts its label by
 0.63 more than that of the rest of the class. A dozen clean samples of one odd kind reach that, too; more do not."""
@@ -65,8 +69,9 @@ class Company:
     averages out, and in the end only groups differ that no neighbors connect.
 
     given: `(n,)`, labels. near: `(n, neighbors + 1)`, each sample's `nearest`. most: of each class, the share from
-    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group, or that
-    is rather at home `elsewhere`: then most of the class is poison, and no opinion's upper group is ordinary. opinions:
+    which on the upper group is what is ordinary there; 1 where an opinion is `sure` of so large an upper group, where
+    that is rather at home `elsewhere`, or was learned `before_all`: then most of the class is poison, and no opinion's
+    upper group is ordinary. opinions:
     `(o, n)`, shared `rounds` times; the first is how early samples were learned, which tells groups apart but not which
     of them is odd, since a class may be easier than its poison. other: `(n,)` in [0, 1], an opinion that tells that of
     its groups: one that divides the class itself or, where none does, what `outsiders` say, if there are any.
@@ -95,8 +100,13 @@ class Company:
         rounds: int,
         most: float,
         outsiders: Outsiders | None = None,
+        early: Tensor | None = None,
     ) -> Company:
-        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high."""
+        """From `(n,)` opinions about single samples; higher = more suspicious, unless nearly all are high.
+
+        early: `(n,)`, how early each was learned among all samples, higher = earlier; the first opinion tells it within
+        the class only.
+        """
         shares = torch.stack([shared(opinion, near, rounds=rounds) for opinion in opinions])
         groups = [(given == label).nonzero().flatten() for label in range(classes)]
         heard = [shares[:, rows] for rows in groups]
@@ -108,6 +118,9 @@ class Company:
             if 2 * part.shape[1] > len(given):
                 return most
             foreign = any(sure(opinion, most) for opinion in part)
+            if early is not None:
+                others = early[given != label]
+                foreign |= before_all(part[0], early[groups[label]], others, near.shape[1] - 1, most)
             if outsiders is not None:
                 for number, opinion in enumerate(part):
                     theirs = number == outsiders.number
@@ -247,6 +260,20 @@ def elsewhere(opinion: Tensor, home: Tensor, neighbors: int, most: float) -> boo
     upper = halves(opinion)[0]
     gap = float(home[upper].mean() - home[~upper].mean())
     return gap >= FOREIGN and float(upper.double().mean()) > most
+
+
+def before_all(opinion: Tensor, early: Tensor, others: Tensor, neighbors: int, most: float) -> bool:
+    """Whether ease divides a class so that more than `most`, the upper group, were learned before nearly all `others`.
+
+    early, others: how early the class and all other samples were learned; higher = earlier.
+    """
+    if len(others) == 0 or clear_in(opinion, neighbors) < DIVIDED:
+        return False
+    upper = halves(opinion)[0]
+    if float(upper.double().mean()) <= most:
+        return False
+    behind = torch.searchsorted(others.sort().values, early[upper])
+    return float(behind.double().mean()) >= FIRST * len(others)
 
 
 def clear_in(opinion: Tensor, neighbors: int) -> float:

@@ -70,8 +70,8 @@ class Jury(Defense):
     other poison has to (the model agrees with its label), and a group of less than 20 that is late or kin.
     What it leaves out, at best, and never tells of: poison of less than `acquittal` of a class, or of one source class
     where it is little. Poison that is more than `1 - trusted` of its class passes for what is ordinary there, unless
-    mixtures are `sure` or outsiders recognize it. With two classes it has no outsiders. Its cost is that of the main
-    training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
+    mixtures are `sure`, outsiders recognize it or it was learned `before_all`. With two classes it has no outsiders.
+    Its cost is that of the main training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
     """
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
@@ -142,7 +142,7 @@ class Jury(Defense):
         said = (within(ease, given), mixed, confidence)
         outsiders = Outsiders(2, elsewhere, self.alike)  # the third of what was said
         most = 1 - self.trusted
-        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, outsiders=outsiders)
+        company = Company.of(said, given, near, classes, rounds=self.rounds, most=most, outsiders=outsiders, early=ease)
         nearby = torch.stack([company.nearby(said, rounds) for rounds in NEARBY]).amax(0)
         divided = (company.clearest >= DIVIDED)[given]
         suspicion = torch.where(divided, company.suspicion, within(nearby, given))
