@@ -27,7 +27,7 @@ LAYERS = [
     {"training"},
     {"attacks"},
     {"defenses"},
-    {"threats"},
+    {"evidence", "threats"},
     {"verdict"},
     {"detectors"},
     {"attention", "environment", "tracking"},
@@ -45,7 +45,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC = {name: place.split(".")[0] for name, place in antibackdoor._ROOMS.items()}
 """What `from antibackdoor import name` leads to."""
-BLIND = {"attention", "models", "training", "detectors", "defenses", "verdict"}
+BLIND = {"attention", "models", "training", "detectors", "defenses", "evidence", "verdict"}
 """Rooms of the defender."""
 HELPERS = {
     "attacks": {"base", "generator", "stamp", "surrogate"},

@@ -21,6 +21,7 @@ from antibackdoor.defenses.deposition import PLAIN, Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.judgement import OUT
 from antibackdoor.defenses.jury import Jury
+from antibackdoor.evidence import told_of
 from antibackdoor.files import load_state, save_state
 from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
@@ -28,7 +29,7 @@ from antibackdoor.training.groups import FIRM
 from antibackdoor.training.job import Job
 from antibackdoor.training.loop import Recipe
 from antibackdoor.training.ranking import geometric, top, within
-from antibackdoor.verdict import decide, told_of
+from antibackdoor.verdict import decide
 
 
 def test_within_is_the_percentile_among_the_same_label() -> None:
