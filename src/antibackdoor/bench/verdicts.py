@@ -122,17 +122,19 @@ class Told(NamedTuple):
 
 
 def told(found: Sequence[Judged]) -> list[Told]:
-    """How often verdicts were true by their confidence, as calibrated on the other data sets, if there are any.
+    """How often verdicts were true by their confidence; each data set is calibrated on the others (if of both sorts).
 
     At even odds: clean and poisoned sets weigh the same, however many there are of each.
     """
-    mine, sure = _counted(found), list[float]()
+    mine = _counted(found)
     weight = {poisoned: 1 / max(1, sum(one.poisoned == poisoned for one in mine)) for poisoned in (False, True)}
-    for data in dict.fromkeys(one.data for one in mine):
+    confidence = np.zeros(len(mine))
+    for data in {one.data for one in mine}:
         others = [one for one in mine if one.data != data]
-        calibration = calibrate(others or mine)
-        sure += [calibration.confidence(one.margin, one.said) if one.data == data else 0.0 for one in mine]
-    confidence = np.array(sure).reshape(-1, len(mine)).sum(0)
+        calibration = calibrate(others if len({one.poisoned for one in others}) == 2 else mine)
+        for row, one in enumerate(mine):
+            if one.data == data:
+                confidence[row] = calibration.confidence(one.margin, one.said)
     true, weights = np.array([one.true for one in mine]), np.array([weight[one.poisoned] for one in mine])
     bins = []
     for low, high in itertools.pairwise(BINS):
