@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
 
 
 HEARD = Calibration(blind=0.06, slope=12.7, even=0.77)
-"""Of the default defense and detector: what the runs of the ledger give, as a test holds (docs/verdict.md)."""
+"""Of the default defense and detector, their options as they are: what the ledger gives, as a test holds."""
 
 
 @dataclass(frozen=True)
