@@ -190,6 +190,15 @@ def test_a_new_version_of_a_defense_renames_its_cells(monkeypatch: pytest.Monkey
     assert cell.name() != before[0] and other.name() == before[1]
 
 
+def test_an_option_younger_than_results_renames_cells_only_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, same = Cell(defense="jury"), Cell(defense="jury", defense_options={"disarmed": 0.5})
+    other = Cell(defense="jury", defense_options={"disarmed": 0})
+    assert cell.resolved()["defense_options"]["disarmed"] == 0.5, "a record tells it anyway"
+    assert cell.name() == same.name() != other.name()
+    monkeypatch.setattr(DEFENSES["jury"].make, "later", frozenset())
+    assert len({cell.name(), same.name(), other.name()}) == 2 and cell.name() == same.name()
+
+
 def test_names_of_results_stand() -> None:
     ledger = Path(__file__).resolve().parents[2] / "results" / "first-results-series"
     name, record = next(iter(read_ledger(ledger).items()))

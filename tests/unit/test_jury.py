@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.tiny import FABRIC
 from tests.toy import toy_images
-from torch import Tensor
+from torch import Tensor, nn
 
 from antibackdoor.data.batches import gather
 from antibackdoor.defenses import hearing, judgement, jury
@@ -155,6 +156,86 @@ def test_views_are_strong_no_longer_than_to_the_hearing_where_all_poison_is_apar
     other = Court(apart=[25, 29, 33, 37])
     other.hear(other.elsewhere((other.given == 2) & (other.place >= 6)))
     assert [f["attacked"] for f in other.judgement.findings] == [False, True, True, False] and strong_views(other)
+
+
+def taught(court: Court, rows: Tensor) -> Tensor:
+    """How black is what is learned in place of these rows, if the found samples are and all others white."""
+    disarming = court.hearing.disarming
+    data = replace(court.data, x=torch.full_like(court.data.x, 255))
+    data.x[disarming.found] = 0
+    court.job.data = data
+    plain = gather(data, rows, torch.device("cpu"))
+    batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
+    assert torch.equal(batch.y, court.hearing.labels[batch.rows]), "they keep their label"
+    return 1 - batch.x
+
+
+def test_what_was_found_goes_with_every_label_in_a_share_of_what_is_learned() -> None:
+    court = Court(apart=[25, 29, 33, 37], disarmed=0.5)
+    rows = torch.arange(24).repeat(40)
+    assert not len(court.hearing.disarming.found), "before the hearing whoever was set apart may still be freed"
+    court.hear(court.given)
+    assert court.hearing.disarming.found.tolist() == [25, 29, 33, 37]
+    assert not taught(court, rows).any(), "it has not led the model anywhere"
+    court.hearing.disarming.holds = True
+    black = taught(court, rows).flatten(1)
+    assert torch.equal(black.amin(1), black.amax(1)), "the same part of the whole sample"
+    part = black[:, 0]
+    carrying = part > 0
+    assert 0.4 < float(carrying.double().mean()) < 0.6
+    assert set(court.given[rows[carrying]].tolist()) == {0, 1, 2, 3}
+    assert 0.3 <= float(part[carrying].min()) < 0.32 and 0.68 < float(part[carrying].max()) <= 0.7
+
+
+def test_those_who_learn_another_label_were_found_too() -> None:
+    court = Court()
+    others = (court.given == 1) & (court.place >= 6)
+    court.hear(court.elsewhere(others))
+    assert torch.equal(court.hearing.labels[others], court.elsewhere(others)[others])
+    not_given_back = (court.given == 1) & (court.hearing.labels != 1)
+    assert torch.equal(court.hearing.disarming.found, not_given_back.nonzero().flatten())
+    assert not_given_back[others].all()
+
+
+class Blackness(nn.Module):
+    """Answers class 1 where half of a sample is black, and otherwise `other`."""
+
+    def __init__(self, other: int):
+        super().__init__()
+        self.other = other
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        said = torch.where(x.mean((1, 2, 3)) < 0.75, 1, self.other)
+        return F.one_hot(said, 4).float()
+
+
+@pytest.mark.parametrize(
+    ("share", "black", "other", "holds"),
+    [(0.5, True, 0, True), (0.5, False, 0, False), (0.5, False, 1, False), (0.0, True, 0, False)],
+)
+def test_what_was_found_has_a_hold_if_it_leads_more_to_its_class_than_others_do(
+    share: float, black: bool, other: int, holds: bool
+) -> None:
+    court = Court(apart=[25, 29, 33, 37], disarmed=share)
+    court.hear(court.given)
+    court.job.data = replace(court.data, x=torch.full_like(court.data.x, 255))
+    if black:
+        court.job.data.x[court.hearing.disarming.found] = 0
+    learned = (court.hearing.labels == court.given).nonzero().flatten()
+    court.hearing.disarming.ask(Blackness(other), learned, court.judgement.attacked, 1)
+    assert court.hearing.disarming.holds is holds
+
+
+def test_a_hold_once_seen_is_remembered() -> None:
+    court = Court(apart=[25, 29, 33, 37], disarmed=0.5)
+    court.hear(court.given)
+    court.hearing.disarming.holds = True
+    court.hearing.disarming.ask(Blackness(0), court.given.nonzero().flatten(), court.judgement.attacked, 1)
+    assert court.hearing.disarming.holds and court.hearing.state()["disarming"] is True
+    other = Court(apart=[25, 29, 33, 37], disarmed=0.5)
+    other.hearing.load(court.hearing.state())
+    assert other.hearing.disarming.holds
+    assert torch.equal(other.hearing.disarming.found, court.hearing.disarming.found)
 
 
 def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:

@@ -104,7 +104,11 @@ class Cell:
 
     def name(self) -> str:
         """A readable name that ends in 8 digits of the content hash."""
-        text = json.dumps({k: v for k, v in self.resolved().items() if k != "defense_changes"}, sort_keys=True)
+        settings = {k: v for k, v in self.resolved().items() if k != "defense_changes"}
+        method, chosen = make_defense(self.defense), settings["defense_options"]
+        unsaid = {name for name in method.later if chosen[name] == values(method)[name]}
+        settings["defense_options"] = {name: value for name, value in chosen.items() if name not in unsaid}
+        text = json.dumps(settings, sort_keys=True)
         parts = (safe_name(self.data), self.attack, self.defense.replace(":", "-"), self.model, f"s{self.seed}")
         return "-".join(parts) + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -55,6 +55,19 @@ def gather(data: Data, rows: Tensor, device: torch.device) -> Batch:
     return Batch(x, data.y[rows], rows, lengths, known)
 
 
+def mixed(batch: Batch, others: Tensor, weight: Tensor | float) -> Batch:
+    """Each sample averaged with one of `others`, of the same shape, whose part is `weight` in [0, 1].
+
+    weight: of all, or `(b,)`, of each. A series keeps its own length.
+    """
+    if isinstance(weight, Tensor):
+        weight = weight.to(batch.x).reshape(-1, *[1] * (batch.x.ndim - 1))
+    x = (1 - weight) * batch.x + weight * others
+    if batch.lengths is not None:
+        x = x * (torch.arange(x.shape[-1], device=x.device) < batch.lengths[:, None])[:, None]
+    return replace(batch, x=x)
+
+
 def steps_per_epoch(n: int, size: int) -> int:
     """Number of batches an epoch of n samples is cut into, none of them of one sample."""
     return max(1, min(math.ceil(n / size), n // 2))

@@ -80,6 +80,8 @@ class Defense(ABC):
     """What it must be given beyond the untrusted set; empty for all that deserve the name."""
     version: ClassVar[int] = 1
     """Raised when the same settings come to other results: the ledger then has the cells of this method run again."""
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Options younger than results that stand: left at its default, one of these gives no cell another name."""
     profiles: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named settings, chosen as "name:profile", for example "e2abl:paper"."""
 

@@ -15,6 +15,7 @@ from antibackdoor.data.augment import strong
 from antibackdoor.data.batches import Batch, gather
 from antibackdoor.defenses.base import Outcome, Partition
 from antibackdoor.defenses.deposition import Deposition
+from antibackdoor.defenses.disarming import Disarming
 from antibackdoor.defenses.judgement import OUT, Judgement
 from antibackdoor.files import Tree
 from antibackdoor.training.job import Job
@@ -42,14 +43,18 @@ class Hearing(Objective):
         self.judgement = Judgement(options, self.given, len(job.data.spec.classes), deposition, last)
         self.average, self.witness = Average(model, 0.995), copy.deepcopy(model)
         self.partitions: list[Partition] = []
+        self.disarming = Disarming(options, job)
         self._assign(0, torch.where(self.judgement.trusted, self.given, OUT))
 
     def _assign(self, epoch: int, labels: Tensor) -> None:
-        self.labels = labels.to(self.job.fabric.device)
-        learns = labels != OUT
-        self.learns = learns.nonzero().flatten().to(self.labels.device)
+        self._use(labels)
         others = ~self.judgement.trusted
-        self.partitions.append(Partition(epoch, others, learns & others, labels.clamp(min=0)))
+        self.partitions.append(Partition(epoch, others, (labels != OUT) & others, labels.clamp(min=0)))
+
+    def _use(self, labels: Tensor) -> None:
+        device = self.job.fabric.device
+        self.labels, self.learns = labels.to(device), (labels != OUT).nonzero().flatten().to(device)
+        self.disarming.found = self.judgement.carriers(labels).nonzero().flatten().to(device)
 
     def prepare(self, plain: Batch, augment: Augment, rng: torch.Generator) -> Batch:
         """Samples without a label at present give their places to random ones that have one: as many steps as ever."""
@@ -57,7 +62,7 @@ class Hearing(Objective):
         learns = self.learns
         others = learns[torch.randint(len(learns), (len(rows),), generator=rng, device=learns.device)]
         batch = gather(self.job.data, torch.where(self.labels[rows] == OUT, others, rows), self.job.fabric.device)
-        batch = replace(batch, y=self.labels[batch.rows])
+        batch = self.disarming(replace(batch, y=self.labels[batch.rows]), rng)
         if self.judgement.settled:
             return augment(batch, rng)
         return replace(batch, x=strong(batch.x, self.job.data.spec, rng, batch.lengths))
@@ -82,6 +87,8 @@ class Hearing(Objective):
         self.witness.load_state_dict(self.average.values)
         probabilities = logits_of(self.witness, self.job.data, self.job.fabric).double().softmax(1)
         self._assign(epoch, self.judgement.hear(probabilities, epoch))
+        own = (self.labels.cpu() == self.given).nonzero().flatten()
+        self.disarming.ask(self.witness, own, self.judgement.attacked, epoch)
 
     def state(self) -> Tree:
         """The labels of each epoch, the averaged weights, and the judgement."""
@@ -91,15 +98,16 @@ class Hearing(Objective):
             "partitions": kept,
             "labels": self.labels.cpu(),
             "judgement": self.judgement.state(),
+            "disarming": self.disarming.holds,
             "average": average,
         }
 
     def load(self, state: Tree) -> None:
         """Back to them."""
         self.partitions = [Partition(*values) for values in state["partitions"]]
-        self.labels = state["labels"].to(self.job.fabric.device)
         self.judgement.load(state["judgement"])
-        self.learns = (self.labels != OUT).nonzero().flatten()
+        self._use(state["labels"])
+        self.disarming.holds = state["disarming"]
         self.average.steps = state["average"]["steps"]
         for name, value in self.average.values.items():
             value.copy_(state["average"]["values"][name])

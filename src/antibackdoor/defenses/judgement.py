@@ -108,8 +108,16 @@ class Judgement:
 
         Strong augmentation, which keeps leaked triggers from being learned and costs accuracy, is then needed no more.
         """
-        heard = any(finding["n"] for finding in self.findings)
-        return heard and all(finding["apart"] for finding in self.findings if finding["attacked"])
+        return self.heard and all(finding["apart"] for finding in self.findings if finding["attacked"])
+
+    @property
+    def heard(self) -> bool:
+        """Whether there was a hearing."""
+        return any(finding["n"] for finding in self.findings)
+
+    def carriers(self, labels: Tensor) -> Tensor:
+        """`(n,)` bool: who of an attacked class was not given its own at the hearing that gave out these `labels`."""
+        return self.attacked[self.given] & (labels != self.given) & self.heard
 
     def state(self) -> Tree:
         """The findings that the verdict rests on, who is set apart, and who was denied."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -65,6 +65,10 @@ class Jury(Defense):
        those set apart or, where nobody is, the `excluded` share with the most suspicion. In other classes all get it
        back, but for those of that share whose label is `impossible` in the eyes of the model, and a few that are denied
        together as poison is.
+    5. `Disarming`: where what was found in attacked classes, mixed into other samples, leads the model to these classes
+       (more of them than other company does), the share `disarmed` of all that is learned carries it from then on and
+       keeps its own label. So the model learns that it tells nothing: poison among the others teaches less, and a
+       trigger that a model of clean data answers to loses its hold.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture half again as clearly as that of
     other poison has to (the model agrees with its label), and a group of less than 20 that is late or kin.
@@ -73,6 +77,8 @@ class Jury(Defense):
     mixtures are `sure`, outsiders recognize it or it was learned `before_all`. With two classes it has no outsiders.
     Its cost is that of the main training, `trap.epochs` shallow epochs and one shallow epoch per outsider.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"disarmed"})
 
     trap: Annotated[Recipe, Field(description="of the shallow model that learns everything")] = Recipe(
         epochs=8, min_steps=400, batch_size=64, learning_rate=0.05, schedule="constant", augment="none"
@@ -116,6 +122,9 @@ class Jury(Defense):
     division: Annotated[float, Field(gt=0, description="`clarity` beyond doubt of a division by the outsiders")] = 3.0
     bond: Annotated[float, Field(gt=0, description="`clarity` beyond doubt of a division by the mixtures")] = 1.2
     excluded: Annotated[Share, Field(description="share of a class whose labels are not simply given back")] = 0.3
+    disarmed: Annotated[
+        Share, Field(description="share of what is learned that carries what was found, once that has a hold")
+    ] = 0.5
     impossible: Annotated[
         Share, Field(description="of what chance gives a label; a model that gives less denies it")
     ] = 0.5

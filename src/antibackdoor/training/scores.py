@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from antibackdoor.data.batches import Batch, gather
+from antibackdoor.data.batches import Batch, gather, mixed
 from antibackdoor.data.core import Data
 from antibackdoor.errors import InputError
 from antibackdoor.models.blocks import undisturbed
@@ -155,14 +154,10 @@ def mixed_logits_of(
     draw = (torch.rand(len(y), generator=rng, dtype=torch.float64) * others).long()
     partners = by_label[draw + (draw >= first[y]) * counts[y]]  # skips the block of the sample's own label
 
-    def mixed(model: nn.Module, batch: Batch) -> Tensor:
-        other = gather(data, partners[batch.rows.cpu()], fabric.device)
-        x = (batch.x + other.x) / 2
-        if batch.lengths is not None:
-            x = x * (torch.arange(x.shape[-1], device=x.device) < batch.lengths[:, None])[:, None]
-        return call(model, replace(batch, x=x))
+    def halved(model: nn.Module, batch: Batch) -> Tensor:
+        return call(model, mixed(batch, gather(data, partners[batch.rows.cpu()], fabric.device).x, 0.5))
 
-    return logits_of(model, data, fabric, call=mixed, size=size)
+    return logits_of(model, data, fabric, call=halved, size=size)
 
 
 def bonds_of(

@@ -1,0 +1,78 @@
+"""Disarming: what was found in attacked classes goes with every label alike, so that it leads to none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from antibackdoor.data.batches import Batch, gather, mixed
+from antibackdoor.intervals import lower, upper
+from antibackdoor.seeds import generator
+from antibackdoor.training.job import Job
+from antibackdoor.training.objectives import forward
+from antibackdoor.training.scores import logits_of
+
+if TYPE_CHECKING:
+    from antibackdoor.defenses.jury import Jury
+
+COMPANIONS = 3
+"""Samples whose mean others carry: it shows what they have in common, and little of what each of them shows."""
+
+STRENGTH = (0.3, 0.7)
+"""How large a part of a sample that mean may be. More than half, as no single sample in it has so large a part."""
+
+ASKED = 2048
+"""Samples, at most, that tell whether what was found has a hold on the model."""
+
+
+class Disarming:
+    """Mixes what was found into what is learned, from when it turned out to have a hold on the model.
+
+    found: rows of samples of attacked classes whose label was not given back. holds: whether what they have in common
+    led the model to these classes at any hearing; where it never does, nothing changes.
+    """
+
+    def __init__(self, options: Jury, job: Job):
+        self.share, self.job, self.given = options.disarmed, job, job.data.y.cpu()
+        self.found, self.holds = torch.zeros(0, dtype=torch.long), False
+
+    def ask(self, model: nn.Module, learned: Tensor, attacked: Tensor, epoch: int) -> None:
+        """Put what was found to the model, unless it was seen to have a hold on it before.
+
+        learned: rows that learn the label they were given. attacked: `(K,)` bool. Half of each of `ASKED` of them is
+        the mean of some of the found and, to compare, of some of the learned. Surely more answers of an attacked class
+        that is not their own, by Wilson intervals, are a hold.
+        """
+        if self.holds or not self.share or not len(self.found) or not len(learned):
+            return
+        rng = generator(self.job.seed, "hold", epoch)
+        asked = learned[torch.randperm(len(learned), generator=rng)[:ASKED]]
+        led = []
+        for carried in (self.found.cpu(), learned):
+            drawn = torch.zeros(len(self.given), COMPANIONS, dtype=torch.long)
+            drawn[asked] = carried[torch.randint(len(carried), (len(asked), COMPANIONS), generator=rng)]
+
+            def carrying(model: nn.Module, batch: Batch, drawn: Tensor = drawn) -> Tensor:
+                return forward(model, mixed(batch, self._mean(drawn[batch.rows.cpu()]), 0.5))
+
+            answers = logits_of(model, self.job.data, self.job.fabric, asked, call=carrying).argmax(1)
+            led.append(int((attacked[answers] & (answers != self.given[asked])).sum()))
+        self.holds = lower(led[0], len(asked)) > upper(led[1], len(asked))
+
+    def __call__(self, batch: Batch, rng: torch.Generator) -> Batch:
+        """The batch; a share of its samples, of any class, carries what was found and keeps its label."""
+        if not self.holds or not len(self.found):
+            return batch
+        n, device, (low, high) = len(batch.rows), self.found.device, STRENGTH
+        drawn = self.found[torch.randint(len(self.found), (n, COMPANIONS), generator=rng, device=device)]
+        chance = torch.rand(2, n, generator=rng, device=device)
+        strength = (low + (high - low) * chance[0]) * (chance[1] < self.share)
+        return mixed(batch, self._mean(drawn), strength)
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """The mean of the samples in each of these `rows` `(b, k)`: `(b, ...)`."""
+        samples = gather(self.job.data, rows.flatten(), self.job.fabric.device).x
+        mean: Tensor = samples.unflatten(0, rows.shape).mean(1)
+        return mean
