@@ -69,6 +69,17 @@ def told_of(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[
     return told or ["No class falls into two: not when it is learned, not mixed, not for models that never saw it."]
 
 
+def told_of_hold(names: list[str], hold: dict[str, int]) -> list[str]:
+    """That what was found in the classes `names` had a hold on the model, if it had."""
+    if not hold["holds"]:
+        return []
+    return [
+        "Mixed into other samples, what these have in common led the model to "
+        f"{' or '.join(repr(name) for name in names)} ({hold['led']} of {hold['asked']}; what others have in common, "
+        f"{hold['others']}); from then on it learned that this tells nothing."
+    ]
+
+
 def _told_of_divisions(name: str, found: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """By what a class is divided, and what the model says of those set apart by it."""
     meaning = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from antibackdoor.data.core import Data
 from antibackdoor.defenses.base import Outcome
 from antibackdoor.defenses.deposition import DIVISIONS
-from antibackdoor.evidence import told_of
+from antibackdoor.evidence import told_of, told_of_hold
 from antibackdoor.intervals import lower, upper
 from antibackdoor.threats import references
 from antibackdoor.training.groups import FEW
@@ -116,6 +116,8 @@ def _by_class(data: Data, evidence: dict[str, Any], calibration: Calibration) ->
     way = {name: _way(found, evidence["limits"]) for name, found in findings.items()}
     shown = targets or [max(way, key=lambda name: way[name])]
     sentences = [sentence for name in shown for sentence in told_of(name, findings[name], evidence["limits"])]
+    if "hold" in evidence:
+        sentences += told_of_hold(targets, evidence["hold"])
     poisoned, margin = bool(targets), max(way[name] for name in shown)
     rate = evidence["flagged"] / len(data) if poisoned else 0.0
     return Verdict(poisoned, calibration.confidence(margin, poisoned), targets, rate, sentences, round(margin, 3))

@@ -177,7 +177,7 @@ def test_what_was_found_goes_with_every_label_in_a_share_of_what_is_learned() ->
     court.hear(court.given)
     assert court.hearing.disarming.found.tolist() == [25, 29, 33, 37]
     assert not taught(court, rows).any(), "it has not led the model anywhere"
-    court.hearing.disarming.holds = True
+    court.hearing.disarming.hold["holds"] = True
     black = taught(court, rows).flatten(1)
     assert torch.equal(black.amin(1), black.amax(1)), "the same part of the whole sample"
     part = black[:, 0]
@@ -224,14 +224,16 @@ def test_what_was_found_has_a_hold_if_it_leads_more_to_its_class_than_others_do(
     learned = (court.hearing.labels == court.given).nonzero().flatten()
     court.hearing.disarming.ask(Blackness(other), learned, court.judgement.attacked, 1)
     assert court.hearing.disarming.holds is holds
+    if holds:
+        assert court.hearing.disarming.hold == {"led": 30, "others": 0, "asked": 36, "holds": True}
 
 
 def test_a_hold_once_seen_is_remembered() -> None:
     court = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     court.hear(court.given)
-    court.hearing.disarming.holds = True
+    court.hearing.disarming.hold["holds"] = True
     court.hearing.disarming.ask(Blackness(0), court.given.nonzero().flatten(), court.judgement.attacked, 1)
-    assert court.hearing.disarming.holds and court.hearing.state()["disarming"] is True
+    assert court.hearing.disarming.holds and court.hearing.state()["hold"]["holds"]
     other = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     other.hearing.load(court.hearing.state())
     assert other.hearing.disarming.holds

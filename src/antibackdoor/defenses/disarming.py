@@ -30,13 +30,20 @@ ASKED = 2048
 class Disarming:
     """Mixes what was found into what is learned, from when it turned out to have a hold on the model.
 
-    found: rows of samples of attacked classes whose label was not given back. holds: whether what they have in common
-    led the model to these classes at any hearing; where it never does, nothing changes.
+    found: rows of samples of attacked classes whose label was not given back. hold: of how many `asked` what these have
+    in common `led` the model to such a class, and what `others` have, and whether it `holds`, at the hearing where it
+    first did or else the last. Where it never does, nothing changes.
     """
 
     def __init__(self, options: Jury, job: Job):
         self.share, self.job, self.given = options.disarmed, job, job.data.y.cpu()
-        self.found, self.holds = torch.zeros(0, dtype=torch.long), False
+        self.found = torch.zeros(0, dtype=torch.long)
+        self.hold = {"led": 0, "others": 0, "asked": 0, "holds": False}
+
+    @property
+    def holds(self) -> bool:
+        """Whether what was found has a hold on the model."""
+        return bool(self.hold["holds"])
 
     def ask(self, model: nn.Module, learned: Tensor, attacked: Tensor, epoch: int) -> None:
         """Put what was found to the model, unless it was seen to have a hold on it before.
@@ -59,7 +66,8 @@ class Disarming:
 
             answers = logits_of(model, self.job.data, self.job.fabric, asked, call=carrying).argmax(1)
             led.append(int((attacked[answers] & (answers != self.given[asked])).sum()))
-        self.holds = lower(led[0], len(asked)) > upper(led[1], len(asked))
+        holds = lower(led[0], len(asked)) > upper(led[1], len(asked))
+        self.hold = {"led": led[0], "others": led[1], "asked": len(asked), "holds": holds}
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> Batch:
         """The batch; a share of its samples, of any class, carries what was found and keeps its label."""

@@ -98,7 +98,7 @@ class Hearing(Objective):
             "partitions": kept,
             "labels": self.labels.cpu(),
             "judgement": self.judgement.state(),
-            "disarming": self.disarming.holds,
+            "hold": self.disarming.hold,
             "average": average,
         }
 
@@ -107,7 +107,7 @@ class Hearing(Objective):
         self.partitions = [Partition(*values) for values in state["partitions"]]
         self.judgement.load(state["judgement"])
         self._use(state["labels"])
-        self.disarming.holds = state["disarming"]
+        self.disarming.hold = state["hold"]
         self.average.steps = state["average"]["steps"]
         for name, value in self.average.values.items():
             value.copy_(state["average"]["values"][name])
@@ -144,6 +144,6 @@ class Hearing(Objective):
             flagged,
             torch.where(other, answers, -1),
             reasons,
-            {**evidence, "flagged": int(flagged.sum())},
+            {**evidence, "flagged": int(flagged.sum()), "hold": self.disarming.hold},
             self.partitions,
         )
