@@ -22,7 +22,7 @@ from antibackdoor.defenses.deposition import PLAIN, Deposition
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.judgement import OUT
 from antibackdoor.defenses.jury import Jury
-from antibackdoor.evidence import told_of
+from antibackdoor.evidence import told_of, told_of_hold
 from antibackdoor.files import load_state, save_state
 from antibackdoor.intervals import lower, upper
 from antibackdoor.models.tap import Tap
@@ -779,6 +779,17 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
     assert ["(5 are set apart)" in line for line in both] == [True, False, False, False]
     assert ["denies it" in both[1], "agrees with it" in both[3]] == [True, True] and "'{x}'" in both[0]
     assert ["sooner, or all" in bound[0], "averaged" in bound[1], "never saw" in bound[2]] == [True] * 3
+
+
+def test_the_evidence_says_what_had_a_hold_on_the_model() -> None:
+    hold = {"led": 102, "others": 48, "asked": 400, "holds": True}
+    said = told_of_hold(["a", "b"], hold)
+    assert len(said) == 1 and "led the model to 'a' or 'b' (102 of 400; what others have in common, 48)" in said[0]
+    assert told_of_hold(["a"], hold | {"holds": False}) == []
+    court = Court(apart=[25, 29, 33, 37])
+    court.hear(court.given)
+    court.hearing.disarming.hold = hold
+    assert decide(court.data, court.hearing.outcome(court.job.model())).evidence[-1] == told_of_hold([court.data.spec.classes[1]], hold)[0]
 
 
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:
