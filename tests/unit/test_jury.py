@@ -222,7 +222,7 @@ def test_what_was_found_has_a_hold_if_it_leads_more_to_its_class_than_others_do(
     if black:
         court.job.data.x[court.hearing.disarming.found] = 0
     learned = (court.hearing.labels == court.given).nonzero().flatten()
-    court.hearing.disarming.ask(Blackness(other), learned, court.judgement.attacked, 1)
+    court.hearing.disarming.ask(Blackness(other), learned, 1)
     assert court.hearing.disarming.holds is holds
     if holds:
         assert court.hearing.disarming.hold == {"led": 30, "others": 0, "asked": 36, "holds": True}
@@ -232,7 +232,7 @@ def test_a_hold_once_seen_is_remembered() -> None:
     court = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     court.hear(court.given)
     court.hearing.disarming.hold["holds"] = True
-    court.hearing.disarming.ask(Blackness(0), court.given.nonzero().flatten(), court.judgement.attacked, 1)
+    court.hearing.disarming.ask(Blackness(0), court.given.nonzero().flatten(), 1)
     assert court.hearing.disarming.holds and court.hearing.state()["hold"]["holds"]
     other = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     other.hearing.load(court.hearing.state())
@@ -789,7 +789,10 @@ def test_the_evidence_says_what_had_a_hold_on_the_model() -> None:
     court = Court(apart=[25, 29, 33, 37])
     court.hear(court.given)
     court.hearing.disarming.hold = hold
-    assert decide(court.data, court.hearing.outcome(court.job.model())).evidence[-1] == told_of_hold([court.data.spec.classes[1]], hold)[0]
+    assert (
+        decide(court.data, court.hearing.outcome(court.job.model())).evidence[-1]
+        == told_of_hold([court.data.spec.classes[1]], hold)[0]
+    )
 
 
 def test_before_any_hearing_the_verdict_finds_nothing() -> None:

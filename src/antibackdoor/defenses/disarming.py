@@ -30,42 +30,54 @@ ASKED = 2048
 class Disarming:
     """Mixes what was found into what is learned, from when it turned out to have a hold on the model.
 
-    found: rows of samples of attacked classes whose label was not given back. hold: of how many `asked` what these have
-    in common `led` the model to such a class, and what `others` have, and whether it `holds`, at the hearing where it
-    first did or else the last. Where it never does, nothing changes.
+    found: rows of samples of attacked classes whose label was not given back. hold: of how many `asked` what those of
+    one class have in common `led` the model to that class, and what `others` have, and whether it `holds`, at the
+    hearing where it first did or else the last. Where it never does, nothing changes.
     """
 
     def __init__(self, options: Jury, job: Job):
         self.share, self.job, self.given = options.disarmed, job, job.data.y.cpu()
-        self.found = torch.zeros(0, dtype=torch.long)
         self.hold = {"led": 0, "others": 0, "asked": 0, "holds": False}
+        self.find(torch.zeros(len(self.given), dtype=torch.bool))
 
     @property
     def holds(self) -> bool:
         """Whether what was found has a hold on the model."""
         return bool(self.hold["holds"])
 
-    def ask(self, model: nn.Module, learned: Tensor, attacked: Tensor, epoch: int) -> None:
+    def find(self, found: Tensor) -> None:
+        """Take these `(n,)` bool, as found; `first` and `count` of each tell where its class lies among them."""
+        rows = found.nonzero().flatten()
+        rows = rows[torch.argsort(self.given[rows], stable=True)]
+        counts = torch.bincount(self.given[rows], minlength=len(self.job.data.spec.classes))
+        of_class = (counts.cumsum(0) - counts)[self.given[rows]], counts[self.given[rows]]
+        self.found, self.first, self.count = (values.to(self.job.fabric.device) for values in (rows, *of_class))
+
+    def ask(self, model: nn.Module, learned: Tensor, epoch: int) -> None:
         """Put what was found to the model, unless it was seen to have a hold on it before.
 
-        learned: rows that learn the label they were given. attacked: `(K,)` bool. Half of each of `ASKED` of them is
-        the mean of some of the found and, to compare, of some of the learned. Surely more answers of an attacked class
-        that is not their own, by Wilson intervals, are a hold.
+        learned: rows that learn the label they were given. Half of each of `ASKED` of them is the mean of found samples
+        of one class and, to compare, of samples of classes where nothing was found, if there are any. Surely more
+        answers of that class, by Wilson intervals, are a hold.
         """
         if self.holds or not self.share or not len(self.found) or not len(learned):
             return
         rng = generator(self.job.seed, "hold", epoch)
         asked = learned[torch.randperm(len(learned), generator=rng)[:ASKED]]
+        drawn = torch.zeros(2, len(self.given), COMPANIONS, dtype=torch.long)
+        drawn[0, asked] = self._draw(len(asked), generator(self.job.seed, "found", epoch)).cpu()
+        free = learned[~torch.isin(self.given[learned], self.given[self.found.cpu()])]
+        others = free if len(free) else learned
+        drawn[1, asked] = others[torch.randint(len(others), (len(asked), COMPANIONS), generator=rng)]
+        label = self.given[drawn[0, asked, 0]]
         led = []
-        for carried in (self.found.cpu(), learned):
-            drawn = torch.zeros(len(self.given), COMPANIONS, dtype=torch.long)
-            drawn[asked] = carried[torch.randint(len(carried), (len(asked), COMPANIONS), generator=rng)]
+        for rows in drawn:
 
-            def carrying(model: nn.Module, batch: Batch, drawn: Tensor = drawn) -> Tensor:
-                return forward(model, mixed(batch, self._mean(drawn[batch.rows.cpu()]), 0.5))
+            def carrying(model: nn.Module, batch: Batch, rows: Tensor = rows) -> Tensor:
+                return forward(model, mixed(batch, self._mean(rows[batch.rows.cpu()]), 0.5))
 
             answers = logits_of(model, self.job.data, self.job.fabric, asked, call=carrying).argmax(1)
-            led.append(int((attacked[answers] & (answers != self.given[asked])).sum()))
+            led.append(int(((answers == label) & (label != self.given[asked])).sum()))
         holds = lower(led[0], len(asked)) > upper(led[1], len(asked))
         self.hold = {"led": led[0], "others": led[1], "asked": len(asked), "holds": holds}
 
@@ -73,11 +85,17 @@ class Disarming:
         """The batch; a share of its samples, of any class, carries what was found and keeps its label."""
         if not self.holds or not len(self.found):
             return batch
-        n, device, (low, high) = len(batch.rows), self.found.device, STRENGTH
-        drawn = self.found[torch.randint(len(self.found), (n, COMPANIONS), generator=rng, device=device)]
-        chance = torch.rand(2, n, generator=rng, device=device)
+        n, (low, high) = len(batch.rows), STRENGTH
+        drawn = self._draw(n, rng)
+        chance = torch.rand(2, n, generator=rng, device=drawn.device)
         strength = (low + (high - low) * chance[0]) * (chance[1] < self.share)
         return mixed(batch, self._mean(drawn), strength)
+
+    def _draw(self, n: int, rng: torch.Generator) -> Tensor:
+        """Rows `(n, COMPANIONS)` of found samples; those that go together are of one class."""
+        number = torch.randint(2**31, (1 + COMPANIONS, n), generator=rng, device=rng.device).to(self.found.device)
+        one = number[0] % len(self.found)
+        return self.found[self.first[one, None] + number[1:].T % self.count[one, None]]
 
     def _mean(self, rows: Tensor) -> Tensor:
         """The mean of the samples in each of these `rows` `(b, k)`: `(b, ...)`."""

@@ -54,7 +54,7 @@ class Hearing(Objective):
     def _use(self, labels: Tensor) -> None:
         device = self.job.fabric.device
         self.labels, self.learns = labels.to(device), (labels != OUT).nonzero().flatten().to(device)
-        self.disarming.found = self.judgement.carriers(labels).nonzero().flatten().to(device)
+        self.disarming.find(self.judgement.carriers(labels))
 
     def prepare(self, plain: Batch, augment: Augment, rng: torch.Generator) -> Batch:
         """Samples without a label at present give their places to random ones that have one: as many steps as ever."""
@@ -88,7 +88,7 @@ class Hearing(Objective):
         probabilities = logits_of(self.witness, self.job.data, self.job.fabric).double().softmax(1)
         self._assign(epoch, self.judgement.hear(probabilities, epoch))
         own = (self.labels.cpu() == self.given).nonzero().flatten()
-        self.disarming.ask(self.witness, own, self.judgement.attacked, epoch)
+        self.disarming.ask(self.witness, own, epoch)
 
     def state(self) -> Tree:
         """The labels of each epoch, the averaged weights, and the judgement."""
