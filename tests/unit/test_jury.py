@@ -228,6 +228,20 @@ def test_what_was_found_has_a_hold_if_it_leads_more_to_its_class_than_others_do(
         assert court.hearing.disarming.hold == {"led": 30, "others": 0, "asked": 36, "holds": True}
 
 
+def test_what_goes_together_was_found_in_one_class() -> None:
+    disarming = Court(disarmed=0.5).hearing.disarming
+    found = torch.zeros(40, dtype=torch.bool)
+    found[[0, 4, 8, 13, 2, 6, 10, 14, 18, 22, 26]] = True  # three of class 0, one of class 1, seven of class 2
+    disarming.find(found)
+    drawn = disarming._draw(4000, torch.Generator().manual_seed(0))
+    of_class = GIVEN[drawn]
+    assert drawn.shape == (4000, 3) and found[drawn].all()
+    assert torch.equal(of_class.amin(1), of_class.amax(1))
+    share = torch.bincount(of_class[:, 0], minlength=4) / 4000
+    assert share.tolist() == pytest.approx([3 / 11, 1 / 11, 7 / 11, 0], abs=0.03), "as often as they were found"
+    assert set(drawn.flatten().tolist()) == set(found.nonzero().flatten().tolist())
+
+
 def test_a_hold_once_seen_is_remembered() -> None:
     court = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     court.hear(court.given)
