@@ -49,7 +49,18 @@ BLIND = {"attention", "models", "training", "detectors", "defenses", "evidence",
 """Rooms of the defender."""
 HELPERS = {
     "attacks": {"base", "generator", "stamp", "surrogate"},
-    "defenses": {"base", "company", "deposition", "dual_head", "hearing", "judgement", "suspects", "trap", "witness"},
+    "defenses": {
+        "base",
+        "company",
+        "deposition",
+        "disarming",
+        "dual_head",
+        "hearing",
+        "judgement",
+        "suspects",
+        "trap",
+        "witness",
+    },
     "detectors": {"base"},
 }
 HEAVY = {"sklearn", "scipy", "torchvision", "timm", "pyarrow", "onnx", "onnxruntime", "ray", "aeon"}
