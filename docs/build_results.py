@@ -60,7 +60,8 @@ images for 10 epochs in the place of 60, in a small network. A difference from a
 ResNet-34 ([speed](scale.md)), and its defense holds on CIFAR-10 under most attacks and on series under BadNets. Under
 BadNets, in one seed, its parts matter in the direction that the paper says: the warm-up, control of what is taken
 back, one network in the place of two, the place of the second head. DLP's entropy filter finds poison under all five
-attacks, and its unlearning removes the trigger.
+attacks, and its unlearning removes the trigger. The attacks themselves, on real samples (DLP's Fig. 3), are
+[drawn here](attacks.md).
 
 **Not as published.** E2ABL's ranking by loss drops after two epochs (profile `paper`) finds next to no poison in so
 few steps; ours is by persistence. It does not stop SIG on series, TSBA on two sets of three, TimeTrojan on ECG5000 with
@@ -145,7 +146,7 @@ def reproduced() -> dict[str, str]:
                 compared = tidy(spec, places).dropna(subset=["mean", "published"])
                 overview.append(
                     {
-                        "table": f"[{spec['title']}]({page}#{slug(spec['title'])})",
+                        "table": f"[{titled(grid, spec)}]({page}#{slug(titled(grid, spec))})",
                         "results": f"{sum(bool(place.values) for place in places)} of {len(places)}",
                         "against the paper": differences(compared),
                     }
@@ -161,13 +162,13 @@ def reproduced() -> dict[str, str]:
                     files[name] = chart(lines, x_label=spec["x"])
                 overview.append(
                     {
-                        "table": f"[{spec['title']}]({page}#{slug(spec['title'])})",
+                        "table": f"[{titled(grid, spec)}]({page}#{slug(titled(grid, spec))})",
                         "results": "drawn" if ran else "not run",
                         "against the paper": "",
                     }
                 )
                 picture = f"![{spec['title']}](../{name})\n" if ran else "Not run.\n"
-                parts += [f"## {spec['title']}\n", f"{scale(grid)}\n", f"{spec['printed']}\n", picture]
+                parts += [f"## {titled(grid, spec)}\n", f"{scale(grid)}\n", f"{spec['printed']}\n", picture]
         files[page] = "\n".join(parts)
         summary += [f"## [{title}]({page})\n", markdown(pd.DataFrame(overview))]
     return {"reproduction.md": "\n".join(summary), **files}
@@ -176,6 +177,11 @@ def reproduced() -> dict[str, str]:
 def page_of(grid: Grid) -> str:
     """The page that a grid's tables stand on."""
     return next(page for start, (page, _) in PAGES.items() if grid.path.stem.startswith(start))
+
+
+def titled(grid: Grid, spec: Mapping[str, Any]) -> str:
+    """The heading of a table or figure, which a grid has under more than one profile."""
+    return spec["title"] if grid.profile == read_grid(grid.path).profile else f"{spec['title']}, profile {grid.profile}"
 
 
 def slug(title: str) -> str:
@@ -286,7 +292,7 @@ def table_part(
     """A table, and, row by row, how it differs from the published one."""
     rows = wide(spec, places)
     ran = (~rows[rows.columns[len(spec["rows"]) : -1]].map(unrun)).any(axis=1)
-    parts = [f"## {spec['title']}\n", f"{scale(grid)}\n", *([markdown(rows[ran])] if ran.any() else [])]
+    parts = [f"## {titled(grid, spec)}\n", f"{scale(grid)}\n", *([markdown(rows[ran])] if ran.any() else [])]
     if not ran.all():
         left = [" ".join(row) for row in rows[~ran][list(spec["rows"])].to_numpy().tolist()]
         parts.append(f"Not run: {', '.join(left)}.\n" if ran.any() else "Not run.\n")
@@ -299,7 +305,7 @@ def table_part(
         for name in ("mean", "published", "difference"):
             rows[name] = [number(value) for value in compared[name]]
         rows["explanation"] = [
-            explanation(explanations, spec["id"], row, place["undefended"])
+            explanation(explanations, spec["id"], {**row, "profile": grid.profile}, place["undefended"])
             for row, (_, place) in zip(rows.to_dict("records"), compared.iterrows(), strict=True)
         ]
         parts += ["Against the published figures:\n", markdown(rows)]
