@@ -73,10 +73,11 @@ def told_of_hold(names: list[str], hold: dict[str, int]) -> list[str]:
     """That what was found in the classes `names` had a hold on the model, if it had."""
     if not hold["holds"]:
         return []
+    led = f"{hold['led']} of {hold['asked']}"
+    others = f"{hold['others_led']} of {hold['others_asked']}"
     return [
-        "Mixed into other samples, what these have in common led the model to "
-        f"{' or '.join(repr(name) for name in names)} ({hold['led']} of {hold['asked']}; what others have in common, "
-        f"{hold['others']}); from then on it learned that this tells nothing."
+        f"Mixed into other samples, what these have in common led the model to {' or '.join(map(repr, names))} ({led}; "
+        f"samples of other classes did no more than {others}); from then on it learned that this tells nothing."
     ]
 
 

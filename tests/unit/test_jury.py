@@ -162,7 +162,7 @@ def taught(court: Court, rows: Tensor) -> Tensor:
     """How black is what is learned in place of these rows, if the found samples are and all others white."""
     disarming = court.hearing.disarming
     data = replace(court.data, x=torch.full_like(court.data.x, 255))
-    data.x[disarming.found] = 0
+    data.x[disarming.found.rows] = 0
     court.job.data = data
     plain = gather(data, rows, torch.device("cpu"))
     batch = court.hearing.prepare(plain, lambda batch, rng: batch, torch.Generator().manual_seed(0))
@@ -173,9 +173,9 @@ def taught(court: Court, rows: Tensor) -> Tensor:
 def test_what_was_found_goes_with_every_label_in_a_share_of_what_is_learned() -> None:
     court = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     rows = torch.arange(24).repeat(40)
-    assert not len(court.hearing.disarming.found), "before the hearing whoever was set apart may still be freed"
+    assert not len(court.hearing.disarming.found.rows), "before the hearing whoever was set apart may still be freed"
     court.hear(court.given)
-    assert court.hearing.disarming.found.tolist() == [25, 29, 33, 37]
+    assert court.hearing.disarming.found.rows.tolist() == [25, 29, 33, 37]
     assert not taught(court, rows).any(), "it has not led the model anywhere"
     court.hearing.disarming.hold["holds"] = True
     black = taught(court, rows).flatten(1)
@@ -193,7 +193,7 @@ def test_those_who_learn_another_label_were_found_too() -> None:
     court.hear(court.elsewhere(others))
     assert torch.equal(court.hearing.labels[others], court.elsewhere(others)[others])
     not_given_back = (court.given == 1) & (court.hearing.labels != 1)
-    assert torch.equal(court.hearing.disarming.found, not_given_back.nonzero().flatten())
+    assert torch.equal(court.hearing.disarming.found.rows, not_given_back.nonzero().flatten())
     assert not_given_back[others].all()
 
 
@@ -220,12 +220,12 @@ def test_what_was_found_has_a_hold_if_it_leads_more_to_its_class_than_others_do(
     court.hear(court.given)
     court.job.data = replace(court.data, x=torch.full_like(court.data.x, 255))
     if black:
-        court.job.data.x[court.hearing.disarming.found] = 0
+        court.job.data.x[court.hearing.disarming.found.rows] = 0
     learned = (court.hearing.labels == court.given).nonzero().flatten()
     court.hearing.disarming.ask(Blackness(other), learned, 1)
     assert court.hearing.disarming.holds is holds
     if holds:
-        assert court.hearing.disarming.hold == {"led": 30, "others": 0, "asked": 36, "holds": True}
+        assert court.hearing.disarming.hold.items() >= {"led": 30, "asked": 30, "holds": True}.items()
 
 
 def test_what_goes_together_was_found_in_one_class() -> None:
@@ -233,7 +233,7 @@ def test_what_goes_together_was_found_in_one_class() -> None:
     found = torch.zeros(40, dtype=torch.bool)
     found[[0, 4, 8, 13, 2, 6, 10, 14, 18, 22, 26]] = True  # three of class 0, one of class 1, seven of class 2
     disarming.find(found)
-    drawn = disarming._draw(4000, torch.Generator().manual_seed(0))
+    drawn = disarming.found.draw(4000, torch.Generator().manual_seed(0))
     of_class = GIVEN[drawn]
     assert drawn.shape == (4000, 3) and found[drawn].all()
     assert torch.equal(of_class.amin(1), of_class.amax(1))
@@ -251,7 +251,7 @@ def test_a_hold_once_seen_is_remembered() -> None:
     other = Court(apart=[25, 29, 33, 37], disarmed=0.5)
     other.hearing.load(court.hearing.state())
     assert other.hearing.disarming.holds
-    assert torch.equal(other.hearing.disarming.found, court.hearing.disarming.found)
+    assert torch.equal(other.hearing.disarming.found.rows, court.hearing.disarming.found.rows)
 
 
 def test_an_attacked_class_learns_what_the_model_sees_and_the_others_get_their_labels_back() -> None:
@@ -796,9 +796,10 @@ def test_the_evidence_says_what_it_means_before_its_numbers() -> None:
 
 
 def test_the_evidence_says_what_had_a_hold_on_the_model() -> None:
-    hold = {"led": 102, "others": 48, "asked": 400, "holds": True}
+    hold = {"led": 102, "asked": 400, "others_led": 48, "others_asked": 360, "holds": True}
     said = told_of_hold(["a", "b"], hold)
-    assert len(said) == 1 and "led the model to 'a' or 'b' (102 of 400; what others have in common, 48)" in said[0]
+    assert len(said) == 1 and "led the model to 'a' or 'b' (102 of 400; samples of other classes did" in said[0]
+    assert "no more than 48 of 360)" in said[0]
     assert told_of_hold(["a"], hold | {"holds": False}) == []
     court = Court(apart=[25, 29, 33, 37])
     court.hear(court.given)

@@ -26,18 +26,21 @@ STRENGTH = (0.3, 0.7)
 ASKED = 2048
 """Samples, at most, that tell whether what was found has a hold on the model."""
 
+FAINT = 0.4
+"""How large a part of a sample that mean is when the model is asked: at half, what any class looks like leads to it."""
+
 
 class Disarming:
     """Mixes what was found into what is learned, from when it turned out to have a hold on the model.
 
     found: rows of samples of attacked classes whose label was not given back. hold: of how many `asked` what those of
-    one class have in common `led` the model to that class, and what `others` have, and whether it `holds`, at the
-    hearing where it first did or else the last. Where it never does, nothing changes.
+    one class have in common `led` the model to that class, the same of what samples of one `other` class have, and
+    whether it `holds`, at the hearing where it first did or else the last. Where it never does, nothing changes.
     """
 
     def __init__(self, options: Jury, job: Job):
         self.share, self.job, self.given = options.disarmed, job, job.data.y.cpu()
-        self.hold = {"led": 0, "others": 0, "asked": 0, "holds": False}
+        self.hold = {"led": 0, "asked": 0, "others_led": 0, "others_asked": 0, "holds": False}
         self.find(torch.zeros(len(self.given), dtype=torch.bool))
 
     @property
@@ -46,59 +49,77 @@ class Disarming:
         return bool(self.hold["holds"])
 
     def find(self, found: Tensor) -> None:
-        """Take these `(n,)` bool, as found; `first` and `count` of each tell where its class lies among them."""
-        rows = found.nonzero().flatten()
-        rows = rows[torch.argsort(self.given[rows], stable=True)]
-        counts = torch.bincount(self.given[rows], minlength=len(self.job.data.spec.classes))
-        of_class = (counts.cumsum(0) - counts)[self.given[rows]], counts[self.given[rows]]
-        self.found, self.first, self.count = (values.to(self.job.fabric.device) for values in (rows, *of_class))
+        """Take these `(n,)` bool, as found."""
+        self.found = Kinds(found.nonzero().flatten(), self.given, self.job.fabric.device)
 
     def ask(self, model: nn.Module, learned: Tensor, epoch: int) -> None:
         """Put what was found to the model, unless it was seen to have a hold on it before.
 
-        learned: rows that learn the label they were given. Half of each of `ASKED` of them is the mean of found samples
-        of one class and, to compare, of samples of classes where nothing was found, if there are any. Surely more
-        answers of that class, by Wilson intervals, are a hold.
+        learned: rows that learn the label they were given. `FAINT` in `ASKED` of them is the mean of found samples of
+        one class and, to compare, of learned samples of a class where nothing was found: what a class looks like leads
+        to it, too, and some class is answered whenever a model is at a loss. Surely more answers of the class that they
+        come from, by Wilson intervals, than the others give of theirs or of that class, are a hold.
         """
-        if self.holds or not self.share or not len(self.found) or not len(learned):
+        elsewhere = learned[~torch.isin(self.given[learned], self.given[self.found.rows.cpu()])]
+        if self.holds or not self.share or not len(self.found.rows) or not len(elsewhere):
             return
-        rng = generator(self.job.seed, "hold", epoch)
-        asked = learned[torch.randperm(len(learned), generator=rng)[:ASKED]]
-        drawn = torch.zeros(2, len(self.given), COMPANIONS, dtype=torch.long)
-        drawn[0, asked] = self._draw(len(asked), generator(self.job.seed, "found", epoch)).cpu()
-        free = learned[~torch.isin(self.given[learned], self.given[self.found.cpu()])]
-        others = free if len(free) else learned
-        drawn[1, asked] = others[torch.randint(len(others), (len(asked), COMPANIONS), generator=rng)]
-        label = self.given[drawn[0, asked, 0]]
-        led = []
-        for rows in drawn:
+        chosen = torch.randperm(len(learned), generator=generator(self.job.seed, "hold", epoch))
+        asked = learned[chosen[:ASKED]]
+        others = Kinds(elsewhere, self.given, self.found.rows.device)
+        answers, labels = zip(
+            self._carrying(model, asked, self.found, generator(self.job.seed, "found", epoch)),
+            self._carrying(model, asked, others, generator(self.job.seed, "others", epoch)),
+            strict=True,
+        )
 
-            def carrying(model: nn.Module, batch: Batch, rows: Tensor = rows) -> Tensor:
-                return forward(model, mixed(batch, self._mean(rows[batch.rows.cpu()]), 0.5))
+        def led(answers: Tensor, labels: Tensor) -> tuple[int, int]:
+            free = labels != self.given[asked]
+            return int((free & (answers == labels)).sum()), int(free.sum())
 
-            answers = logits_of(model, self.job.data, self.job.fabric, asked, call=carrying).argmax(1)
-            led.append(int(((answers == label) & (label != self.given[asked])).sum()))
-        holds = lower(led[0], len(asked)) > upper(led[1], len(asked))
-        self.hold = {"led": led[0], "others": led[1], "asked": len(asked), "holds": holds}
+        found = led(answers[0], labels[0])
+        control = max((led(answers[1], of) for of in labels), key=lambda counts: upper(*counts))
+        self.hold = {"led": found[0], "asked": found[1], "others_led": control[0], "others_asked": control[1]}
+        self.hold["holds"] = lower(*found) > upper(*control)
+
+    def _carrying(self, model: nn.Module, asked: Tensor, kinds: Kinds, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What the model answers to those asked when they carry some of `kinds`, and the class of what they carry."""
+        drawn = torch.zeros(len(self.given), COMPANIONS, dtype=torch.long)
+        drawn[asked] = kinds.draw(len(asked), rng).cpu()
+
+        def carrying(model: nn.Module, batch: Batch) -> Tensor:
+            return forward(model, mixed(batch, self._mean(drawn[batch.rows.cpu()]), FAINT))
+
+        answers = logits_of(model, self.job.data, self.job.fabric, asked, call=carrying).argmax(1)
+        return answers, self.given[drawn[asked, 0]]
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> Batch:
         """The batch; a share of its samples, of any class, carries what was found and keeps its label."""
-        if not self.holds or not len(self.found):
+        if not self.holds or not len(self.found.rows):
             return batch
         n, (low, high) = len(batch.rows), STRENGTH
-        drawn = self._draw(n, rng)
+        drawn = self.found.draw(n, rng)
         chance = torch.rand(2, n, generator=rng, device=drawn.device)
         strength = (low + (high - low) * chance[0]) * (chance[1] < self.share)
         return mixed(batch, self._mean(drawn), strength)
-
-    def _draw(self, n: int, rng: torch.Generator) -> Tensor:
-        """Rows `(n, COMPANIONS)` of found samples; those that go together are of one class."""
-        number = torch.randint(2**31, (1 + COMPANIONS, n), generator=rng, device=rng.device).to(self.found.device)
-        one = number[0] % len(self.found)
-        return self.found[self.first[one, None] + number[1:].T % self.count[one, None]]
 
     def _mean(self, rows: Tensor) -> Tensor:
         """The mean of the samples in each of these `rows` `(b, k)`: `(b, ...)`."""
         samples = gather(self.job.data, rows.flatten(), self.job.fabric.device).x
         mean: Tensor = samples.unflatten(0, rows.shape).mean(1)
         return mean
+
+
+class Kinds:
+    """Rows to draw from, so that those that are drawn together are of one class; `first` and `count` tell its place."""
+
+    def __init__(self, rows: Tensor, given: Tensor, device: torch.device):
+        rows = rows[torch.argsort(given[rows], stable=True)]
+        counts = torch.bincount(given[rows], minlength=int(given.max()) + 1)
+        of_class = (counts.cumsum(0) - counts)[given[rows]], counts[given[rows]]
+        self.rows, self.first, self.count = (values.to(device) for values in (rows, *of_class))
+
+    def draw(self, n: int, rng: torch.Generator) -> Tensor:
+        """`(n, COMPANIONS)` rows; a class comes as often as it has rows."""
+        number = torch.randint(2**31, (1 + COMPANIONS, n), generator=rng, device=rng.device).to(self.rows.device)
+        one = number[0] % len(self.rows)
+        return self.rows[self.first[one, None] + number[1:].T % self.count[one, None]]
