@@ -66,9 +66,9 @@ class Jury(Defense):
        back, but for those of that share whose label is `impossible` in the eyes of the model, and a few that are denied
        together as poison is.
     5. `Disarming`: where what was found in attacked classes, mixed into other samples, leads the model to these classes
-       (more of them than samples of other classes lead to theirs), the share `disarmed` of all that is learned carries it from then on and
-       keeps its own label. So the model learns that it tells nothing: poison among the others teaches less, and a
-       trigger that a model of clean data answers to loses its hold.
+       (more of them than samples of other classes lead to theirs), the share `disarmed` of all that is learned carries
+       it from then on and keeps its own label. So the model learns that it tells nothing: poison among the others
+       teaches less, and a trigger that a model of clean data answers to loses its hold.
 
     What it cannot see: clean-label poison whose trigger does not survive a mixture half again as clearly as that of
     other poison has to (the model agrees with its label), and a group of less than 20 that is late or kin.
