@@ -19,6 +19,7 @@ from antibackdoor.data.batches import gather
 from antibackdoor.defenses import hearing, judgement, jury
 from antibackdoor.defenses.company import CERTAIN, Company
 from antibackdoor.defenses.deposition import PLAIN, Deposition
+from antibackdoor.defenses.disarming import plainly_more
 from antibackdoor.defenses.hearing import Hearing
 from antibackdoor.defenses.judgement import OUT
 from antibackdoor.defenses.jury import Jury
@@ -226,6 +227,22 @@ def test_what_was_found_has_a_hold_if_it_leads_more_to_its_class_than_others_do(
     assert court.hearing.disarming.holds is holds
     if holds:
         assert court.hearing.disarming.hold.items() >= {"led": 30, "asked": 30, "holds": True}.items()
+
+
+@pytest.mark.parametrize(
+    ("found", "others", "more"),
+    [
+        ((209, 1836), (174, 1982), False),  # surely more, and no more than classes differ anyway
+        ((106, 700), (61, 736), True),
+        ((30, 100), (20, 100), False),  # half again as many, but of few
+        ((5, 5), (0, 0), False),
+        ((0, 0), (0, 5), False),
+    ],
+)
+def test_a_hold_is_plainly_more_than_what_others_do(
+    found: tuple[int, int], others: tuple[int, int], more: bool
+) -> None:
+    assert plainly_more(found, others) is more
 
 
 def test_what_goes_together_was_found_in_one_class() -> None:

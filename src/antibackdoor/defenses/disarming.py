@@ -29,6 +29,9 @@ ASKED = 2048
 FAINT = 0.4
 """How large a part of a sample that mean is when the model is asked: at half, what any class looks like leads to it."""
 
+AGAIN = 1.5
+"""How many times as often what was found has to lead the model as what others show does: classes differ in that."""
+
 
 class Disarming:
     """Mixes what was found into what is learned, from when it turned out to have a hold on the model.
@@ -57,8 +60,8 @@ class Disarming:
 
         learned: rows that learn the label they were given. `FAINT` in `ASKED` of them is the mean of found samples of
         one class and, to compare, of learned samples of a class where nothing was found: what a class looks like leads
-        to it, too, and some class is answered whenever a model is at a loss. Surely more answers of the class that they
-        come from, by Wilson intervals, than the others give of theirs or of that class, are a hold.
+        to it, too, and some class is answered whenever a model is at a loss. Answers of the class that they come from,
+        surely more by Wilson intervals and `AGAIN` as many as the others give of theirs or of that class, are a hold.
         """
         elsewhere = learned[~torch.isin(self.given[learned], self.given[self.found.rows.cpu()])]
         if self.holds or not self.share or not len(self.found.rows) or not len(elsewhere):
@@ -79,7 +82,7 @@ class Disarming:
         found = led(answers[0], labels[0])
         control = max((led(answers[1], of) for of in labels), key=lambda counts: upper(*counts))
         self.hold = {"led": found[0], "asked": found[1], "others_led": control[0], "others_asked": control[1]}
-        self.hold["holds"] = lower(*found) > upper(*control)
+        self.hold["holds"] = plainly_more(found, control)
 
     def _carrying(self, model: nn.Module, asked: Tensor, kinds: Kinds, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """What the model answers to those asked when they carry some of `kinds`, and the class of what they carry."""
@@ -107,6 +110,13 @@ class Disarming:
         samples = gather(self.job.data, rows.flatten(), self.job.fabric.device).x
         mean: Tensor = samples.unflatten(0, rows.shape).mean(1)
         return mean
+
+
+def plainly_more(found: tuple[int, int], others: tuple[int, int]) -> bool:
+    """Whether a share, as a count of how many, is surely larger than another and `AGAIN` times as large."""
+    if not found[1] or not others[1]:
+        return False
+    return lower(*found) > upper(*others) and found[0] / found[1] >= AGAIN * others[0] / others[1]
 
 
 class Kinds:
