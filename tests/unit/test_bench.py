@@ -518,6 +518,17 @@ def test_a_plan_counts_the_fitting_of_an_attack(tmp_path: Path) -> None:
     assert Estimates(tmp_path / "resumed").seconds(replace(TINY, seed=1)) == 10.0, "1 second was its last part"
 
 
+def test_a_plan_goes_by_the_cells_with_the_most_options_as_here(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    long = replace(TINY, defense_options={"recipe": {"min_steps": 900}})
+    for cell, seconds in ((TINY, 1.0), (replace(long, attack="blend"), 50.0)):
+        ledger.write(cell.name(), past(cell, seconds))
+    estimates = Estimates(tmp_path)
+    assert estimates.seconds(long) == 50.0, "though its attack is another one"
+    assert estimates.seconds(replace(TINY, defense_options={"recipe.min_steps": 900})) == 50.0, "the same, written flat"
+    assert estimates.seconds(replace(TINY, attack="blend")) == 1.0
+
+
 def test_a_record_is_small_and_plain(tmp_path: Path) -> None:
     record = {"cell": {"a": 1}, "history": [{"epoch": 1}, {"epoch": 2}], "none": []}
     text = compact(record)

@@ -108,6 +108,8 @@ def test_a_declared_table(grid: Grid) -> None:
         "badnets,e2abl,ASR,3.0,1.4142135623730951,2,2,1.5,1.5,done,takes",
         "badnets,no control,ASR,12.0,5.656854249492381,2,2,7.55,4.45,done,takes",
     ]
+    counted = {(figure.row, figure.column): figure.wanted for figure in figures}
+    assert counted[("sig",), ("no control",)] == 0, "what is excluded is not wanted"
     assert "3.0 $\\pm$ 1.4 $\\times$2 [1.5] & 12.0" in tables_text(grid, folder, "latex")
     assert len(wide(spec, figures)) == 3 and len(tidy(spec, figures)) == 6
     ratio = {**spec, "compare": {"defense": "none", "as": "ratio"}, "measures": ["seconds"], "where": {}}

@@ -177,7 +177,8 @@ def _figure(
     key: tuple[tuple[Any, ...], tuple[Any, ...]],
 ) -> Figure:
     first = members[0]
-    figure = Figure(*key, measure.name, first.cell.attack, len(members), gate=results.gate(first))
+    wanted = sum(not place.excluded for place in members)
+    figure = Figure(*key, measure.name, first.cell.attack, wanted, gate=results.gate(first))
     for place in members:
         value = _value(results.of(place), measure)
         if base is not None and value is not None:

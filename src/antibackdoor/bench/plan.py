@@ -9,6 +9,7 @@ from typing import Any
 
 from antibackdoor.bench.cell import Cell
 from antibackdoor.bench.ledger import Record, read_ledger
+from antibackdoor.options import flat
 
 MEMORY_MIB = 1536
 """What a cell is taken to need where nothing like it was measured."""
@@ -17,9 +18,10 @@ MEMORY_MIB = 1536
 class Estimates:
     """Seconds and memory of cells, by data, model and defense, on the same sort of device.
 
-    Time is that of the whole cell, of the same attack where one was measured, since some are fitted first. It is scaled
-    by training samples and by epochs, `seconds * (n / n') * (e / e')`; where only one of the two cells says its epochs,
-    or the size of the set is not known, nothing is claimed.
+    Time is that of whole cells, of those whose defense has the most options as here and, among these, of the same
+    attack where one was measured, since some are fitted first. It is scaled by training samples and by epochs,
+    `seconds * (n / n') * (e / e')`; where only one of the two cells says its epochs, or the size of the set is not
+    known, nothing is claimed.
     """
 
     def __init__(self, ledger: Path, device: str = "auto"):
@@ -38,13 +40,12 @@ class Estimates:
                 self._sizes.setdefault(cell["data"], record["measures"]["poisoned_samples"]["n"])
 
     def seconds(self, cell: Cell) -> float | None:
-        """The median over cells like it; None where there are none."""
-        alike = self._groups.get(_key(vars(cell)), [])
-        for records in ([record for record in alike if record["cell"]["attack"] == cell.attack], alike):
-            found = [value for record in records if (value := self._scaled(cell, record)) is not None]
-            if found:
-                return statistics.median(found)
-        return None
+        """The median over the cells most like it; None where there are none."""
+        found: dict[tuple[int, bool], list[float]] = {}
+        for record in self._groups.get(_key(vars(cell)), []):
+            if (seconds := self._scaled(cell, record)) is not None:
+                found.setdefault(_unlike(cell, record["cell"]), []).append(seconds)
+        return statistics.median(found[min(found)]) if found else None
 
     def memory(self, cell: Cell) -> int:
         """MiB: the most that a cell like it took."""
@@ -84,6 +85,14 @@ class Estimates:
 
 def _key(cell: Mapping[str, Any]) -> tuple[str, str, str]:
     return cell["data"], cell["model"], cell["defense"]
+
+
+def _unlike(cell: Cell, other: Mapping[str, Any]) -> tuple[int, bool]:
+    """In how many options of the defense they differ, and whether in the attack."""
+    own, its = (dict(flat(changes)) for changes in (cell.defense_options, other["defense_changes"]))
+    missing = object()
+    differ = sum(own.get(name, missing) != its.get(name, missing) for name in own.keys() | its.keys())
+    return differ, other["attack"] != cell.attack
 
 
 def plan_text(cells: list[Cell], excluded: Mapping[str, str], ledger_names: Iterable[str], estimates: Estimates,
